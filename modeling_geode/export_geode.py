@@ -185,7 +185,9 @@ def _check_package(path: Path, found: _Import, module: str) -> None:
             f"Use `from .module import` or `from {CONFIGURATION_IMPORT} import`",
         )
     if package not in ALLOWED_PACKAGES and package not in sys.stdlib_module_names and not found.is_guarded:
-        remedy = f"Put it in `try`/`except ImportError`; unguarded are only {sorted(ALLOWED_PACKAGES)} and the standard library"
+        remedy = (
+            f"Put it in `try`/`except ImportError`; only the standard library and {sorted(ALLOWED_PACKAGES)} need none"
+        )
         _refuse(path, found.node, f"imports the package `{package}`", remedy)
 
 

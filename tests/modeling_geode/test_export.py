@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+from geode.modeling_geode.export_geode import collect_modules, export_code, shipped_modules
+
+
+CONFIGURATION = 'class GeodeConfig:\n    model_type = "geode"\n'
+
+
+def write_modules(folder: Path, **sources: str) -> dict[str, Path]:
+    """Write made-up modules and return the mapping that `collect_modules` takes."""
+    paths = {}
+    for name, source in {"configuration_geode": CONFIGURATION, **sources}.items():
+        paths[name] = folder / f"{name}.py"
+        paths[name].write_text(source, encoding="utf-8")
+    return paths
+
+
+def test_collect_modules_rewrites_the_configuration_import_and_nothing_else(tmp_path):
+    source = (
+        "import math\n"
+        "\n"
+        "from geode.configuration.configuration_geode import GeodeConfig  # why\n"
+        "\n"
+        '"""geode.configuration.configuration_geode stays in text."""\n'
+    )
+    modules = write_modules(tmp_path, modeling_geode=source)
+    collected = collect_modules(["modeling_geode"], modules)
+    expected = source.replace(
+        "from geode.configuration.configuration_geode import", "from .configuration_geode import"
+    )
+    assert collected == {"configuration_geode": CONFIGURATION, "modeling_geode": expected}
+
+
+def test_collect_modules_rewrites_imports_over_several_lines_and_inside_functions(tmp_path):
+    source = (
+        "def build():\n"
+        "    from geode.configuration.configuration_geode import (\n"
+        "        GeodeConfig as Config,\n"
+        "    )\n"
+        "    return Config\n"
+    )
+    collected = collect_modules(["modeling_geode"], write_modules(tmp_path, modeling_geode=source))
+    assert collected["modeling_geode"].splitlines()[1] == "    from .configuration_geode import ("
+    assert len(collected["modeling_geode"].splitlines()) == len(source.splitlines())
+
+
+def test_collect_modules_follows_chains_and_leaves_out_what_nobody_imports(tmp_path):
+    modules = write_modules(
+        tmp_path,
+        modeling_geode="from .head_geode import Head\n",
+        head_geode="from .math_geode import (\n    square,\n)\n\n\nclass Head: ...\n",
+        math_geode="def square(x):\n    return x * x\n",
+        unused_geode="x = 1\n",
+    )
+    assert list(collect_modules(["modeling_geode"], modules)) == ["head_geode", "math_geode", "modeling_geode"]
+
+
+def test_collect_modules_survives_modules_that_import_each_other(tmp_path):
+    modules = write_modules(
+        tmp_path,
+        modeling_geode="def late():\n    from .head_geode import Head\n    return Head\n",
+        head_geode="from .modeling_geode import late\n\n\nclass Head: ...\n",
+    )
+    assert list(collect_modules(["head_geode"], modules)) == ["head_geode", "modeling_geode"]
+
+
+def test_collect_modules_takes_optional_packages_and_the_exporter_inside_try(tmp_path):
+    source = (
+        "try:\n"
+        "    import mamba_ssm\n"
+        "except ImportError:\n"
+        "    mamba_ssm = None\n"
+        "\n\n"
+        "def save():\n"
+        "    try:\n"
+        "        from .export_geode import export_code\n"
+        "    except ImportError:\n"
+        "        return\n"
+        "    export_code()\n"
+    )
+    collected = collect_modules(["modeling_geode"], write_modules(tmp_path, modeling_geode=source))
+    # Transformers follows a relative import even inside `try`, and the exporter is not in the folder.
+    path = tmp_path / "exported.py"
+    path.write_text(collected["modeling_geode"])
+    assert get_relative_imports(path) == []
+    assert get_imports(path) == []
+    assert "        from geode.modeling_geode.export_geode import export_code\n" in collected["modeling_geode"]
+
+
+def test_collect_modules_accepts_names_bound_by_if_try_import_and_assignment(tmp_path):
+    head = (
+        "import math\n"
+        "try:\n    import av\nexcept ImportError:\n    av = None\n"
+        "if math.pi > 3:\n    LARGE = True\nelse:\n    SMALL = True\n"
+        "FIRST, (SECOND, *REST) = 1, (2, 3)\n"
+        "TYPED: int = 4\n"
+        "def function(): ...\n"
+    )
+    names = ["math", "av", "LARGE", "SMALL", "FIRST", "SECOND", "REST", "TYPED", "function"]
+    modules = write_modules(tmp_path, head_geode=head, modeling_geode=f"from .head_geode import {', '.join(names)}\n")
+    assert list(collect_modules(["modeling_geode"], modules)) == ["head_geode", "modeling_geode"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import math\nimport geode.trainers\n", r"modeling_geode\.py:2 imports `geode\.trainers`"),
+        ("from geode import GeodeConfig\n", r":1 imports `geode`.*Use `from \.module import`"),
+        ("from geode.configuration import GeodeConfig\n", r":1 imports `geode\.configuration`"),
+        ("from ..configuration.configuration_geode import GeodeConfig\n", r"has `from \.\.configuration\."),
+        ("from . import head_geode\n", r"has `from \. import`.*flat"),
+        ("from .heads.head_geode import Head\n", r"has `from \.heads\.head_geode import`.*flat"),
+        ("from .other_geode import Head\n", r"has `from \.other_geode import`.*\['configuration_geode', 'head_geode'"),
+        ("from .head_geode import Head, Tail\n", r"imports \['Tail'\] from `head_geode\.py`"),
+        ("from .head_geode import hidden\n", r"imports \['hidden'\] from `head_geode\.py`"),
+        ("from .head_geode import *\n", r"imports \['\*'\] from `head_geode\.py`"),
+        ("from geode.configuration.configuration_geode import Missing\n", r"imports \['Missing'\]"),
+        ("import scipy.spatial\n", r":1 imports the package `scipy`.*`try`/`except ImportError`"),
+        ("def f():\n    import av\n", r":2 imports the package `av`"),
+        ("if True:\n    from einops import rearrange\n", r":2 imports the package `einops`"),
+        ("try:\n    import av\nfinally:\n    x = 1\n", r":2 imports the package `av`"),
+        ("try:\n    import av\nexcept OSError:\n    av = None\n", r":2 imports the package `av`"),
+        ("try:\n    x = 1\nexcept ImportError:\n    import av\n", r":4 imports the package `av`"),
+        (
+            "from geode.modeling_geode.export_geode import export_code\n",
+            r"imports `geode\.modeling_geode\.export_geode`",
+        ),
+        ("from .export_geode import export_code\n", r"imports `geode\.modeling_geode\.export_geode`"),
+        ('"""Example:\n\n    from .head_geode import Head\n"""\n', r"modeling_geode\.py:3 has text that Transformers"),
+    ],
+)
+def test_collect_modules_refuses_what_would_fail_on_the_hub(tmp_path, source, message):
+    head = "class Head:\n    def method(self):\n        hidden = 1\n        return hidden\n"
+    modules = write_modules(tmp_path, modeling_geode=source, head_geode=head)
+    with pytest.raises(ValueError, match=message):
+        collect_modules(["modeling_geode"], modules)
+
+
+def test_collect_modules_finds_the_imports_that_transformers_finds(tmp_path):
+    """The oracle is transformers' own scan: after an export it must name copied files and importable packages only."""
+    collected = collect_modules(sorted(shipped_modules()), shipped_modules())
+    for name, source in collected.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        assert set(get_relative_imports(path)) <= set(collected), name
+        assert "geode" not in get_imports(path), name
+
+
+def test_shipped_modules_leave_out_the_exporter():
+    modules = shipped_modules()
+    assert "export_geode" not in modules
+    assert modules["configuration_geode"].parent.name == "configuration"
+
+
+def test_export_code_refuses_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold `config\.json` or `processor_config\.json`"):
+        export_code(tmp_path)
+
+
+def test_export_code_refuses_a_foreign_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(ValueError, match=r"`model_type` of \['geode', 'geode_sonata', 'geode_vggt'\], got 'qwen2'"):
+        export_code(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_export_code_refuses_a_foreign_processor(tmp_path):
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "InternVLProcessor"}))
+    with pytest.raises(ValueError, match=r"`processor_class` 'GeodeProcessor', got 'InternVLProcessor'"):
+        export_code(tmp_path)
