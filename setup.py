@@ -1,14 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
 """Install the top-level folders under one import name, `geode`."""
 
-from setuptools import setup
+import ast
+from pathlib import Path
+
+from setuptools import find_packages, setup
 
 
+ROOT = Path(__file__).resolve().parent
 FOLDERS = ("configuration", "modeling_geode", "trainers", "data", "evaluation", "hub_cards")
+PACKAGE_DIR = {"geode": "geode", **{f"geode.{folder}": folder for folder in FOLDERS}}
+
+VIDEO = ["av"]
+TRAIN = ["trl>=1.16,<2", "peft", "datasets", "evaluate"]
+WORLD = ["embreex"]
+DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "ruff", "build", "mypy"]
+EXTRAS = {
+    "video": VIDEO,
+    "train": TRAIN,
+    "demo": VIDEO,
+    "world": WORLD,
+    "cuda": ["mamba-ssm", "causal-conv1d", "flash-attn"],
+    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD],
+}
+
+
+def read_version() -> str:
+    """Return `__version__` of the package without importing it, which would need its requirements."""
+    for node in ast.parse((ROOT / "geode" / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__version__":
+            return ast.literal_eval(node.value)
+    raise ValueError("`geode/__init__.py` must assign a literal to `__version__`, and it does not.")
+
+
+def list_packages() -> list[str]:
+    """Return every package by its import name, the packages inside the mapped folders included."""
+    packages = []
+    for name, folder in PACKAGE_DIR.items():
+        packages += [name, *(f"{name}.{package}" for package in find_packages(str(ROOT / folder)))]
+    return packages
+
+
+def list_data(package: str, *patterns: str) -> list[str]:
+    """Return a package's data files relative to it. A `**` in setuptools' own patterns depends on its version."""
+    folder = ROOT / PACKAGE_DIR[package]
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix not in (".py", ".pyc"))
+
 
 setup(
     name="geode-vlm",
-    version="0.1.0",
-    packages=["geode", *(f"geode.{folder}" for folder in FOLDERS)],
-    package_dir={"geode": "geode", **{f"geode.{folder}": folder for folder in FOLDERS}},
+    version=read_version(),
+    description="GEODE: a vision-language model that reasons in 3D and regresses the numbers it answers with",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    author="The GEODE authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="vision-language spatial-reasoning 3d transformers",
+    # The code keeps to 3.10, as ruff checks; transformers 5.23 itself needs 3.11.
+    python_requires=">=3.10,<3.14",
+    packages=list_packages(),
+    package_dir=PACKAGE_DIR,
+    package_data={
+        "geode": list_data("geode", "assets/**/*", "tiny_checkpoint/**/*"),
+        "geode.configuration": list_data("geode.configuration", "recipes/**/*", "accelerate/**/*"),
+        "geode.hub_cards": list_data("geode.hub_cards", "**/*"),
+        "geode.evaluation": list_data("geode.evaluation", "**/*"),
+    },
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.23,<6",
+        "huggingface_hub>=2",
+        "safetensors",
+        "accelerate",
+        "numpy",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["geode = geode.cli:main"]},
+    zip_safe=False,
 )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target makes its own environment in .venv; set PYTHON to choose the interpreter it is made from.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+OUT ?= dist/geode-tiny
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+READY := $(VENV)/.ready
+# One thread per worker: two workers that share two cores with many threads each are slower than one.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(ONE_THREAD) $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-gpu test-invariant dev style check types dist export clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)$$/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
+
+demo: $(READY)  ## ask the embedded scene its questions (writes geode-demo/)
+	@$(VENV)/bin/geode demo
+
+test: $(READY)  ## run the tests that need no GPU and no network
+	@$(PYTEST) -n $(WORKERS)
+
+test-all: $(READY)  ## run the slow tests as well
+	@$(PYTEST) -n $(WORKERS) -m "not gpu and not hub and not invariant"
+
+test-gpu: $(READY)  ## run the tests that need a CUDA device
+	@$(PYTEST) -m gpu
+
+test-invariant: $(READY)  ## compare training trajectories that must be equal
+	@$(PYTEST) -m invariant
+
+dev: $(READY)  ## make the environment, and no more
+	@echo "ready: $(PY)"
+
+style: $(READY)  ## sort imports, fix what ruff can fix, format
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+check: $(READY)  ## lint, formatting and the layout of the package
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PYTEST) tests/test_package_layout.py
+
+types: $(READY)  ## check types (mypy cannot see the mapped folders, so they are built first)
+	@rm -rf build/types
+	@$(PY) setup.py --quiet build_py --build-lib build/types
+	@$(PY) -m mypy build/types/geode
+
+dist: $(READY)  ## build the source distribution, and from it the wheel, into dist/
+	@rm -rf build/lib build/bdist.* dist/geode_vlm-*
+	@$(PY) -m build --no-isolation --outdir dist .
+
+export: $(READY)  ## write the tiny model as a folder for the Hub (OUT=dist/geode-tiny)
+	@$(VENV)/bin/geode export $(OUT)
+
+clean:  ## remove what the targets above have made, except .venv
+	@rm -rf build dist geode-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "geode needs Python 3.11 to 3.13 (transformers 5.23 needs 3.11), and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version 2>&1)"
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# pip is quiet but for errors. The package itself is only linked, so it is installed again when setup.py changes.
+$(READY): requirements/dev.txt setup.py | $(PY)
+	@echo "installing requirements/dev.txt and geode into $(VENV); the first time this downloads torch"
+	@$(PIP) install --quiet -r requirements/dev.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
