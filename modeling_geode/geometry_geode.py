@@ -392,8 +392,8 @@ def wrap_yaw(yaw: torch.Tensor) -> torch.Tensor:
     Example:
         >>> import torch
         >>> from geode.modeling_geode.geometry_geode import wrap_yaw
-        >>> wrap_yaw(torch.tensor([135.0, -90, 225, 1260]).deg2rad()).rad2deg().round().tolist()
-        [-45.0, 90.0, 45.0, 0.0]
+        >>> wrap_yaw(torch.tensor([135.0, -90, 225, 1300]).deg2rad()).rad2deg().round().tolist()
+        [-45.0, 90.0, 45.0, 40.0]
     """
     return yaw - math.pi * torch.ceil((yaw - math.pi / 2) / math.pi)
 
@@ -469,12 +469,12 @@ def transform_boxes(boxes: torch.Tensor, scene_from_dataset: torch.Tensor) -> to
     return torch.cat([centers, boxes[..., 3:6], yaw], dim=-1)
 
 
-def normals_from_depth(depth: torch.Tensor, intrinsics: torch.Tensor) -> torch.Tensor:
+def normals_from_depth(depth: torch.Tensor, intrinsics: torch.Tensor, *, step: int = 1) -> torch.Tensor:
     """
-    Surface normals of depth maps, from differences between neighbouring pixels.
+    Surface normals of depth maps, from differences between pixels `step` apart.
 
     Along each image axis the neighbour of the two that is nearer in depth is used, so that a normal does not mix the two
-    sides of an edge. Exact on planes.
+    sides of an edge. Exact on planes for every `step`.
 
     Convention:
         - Camera frame, unit length, facing the camera (`normal . point <= 0`).
@@ -485,6 +485,8 @@ def normals_from_depth(depth: torch.Tensor, intrinsics: torch.Tensor) -> torch.T
             Z-depth; `0` is invalid.
         intrinsics (`torch.Tensor` of shape `(..., 3, 3)`):
             Pinhole matrices in pixels, at the resolution of `depth`.
+        step (`int`, defaults to 1):
+            Distance in pixels. A larger one averages out the noise of a sensor and rounds off smaller details.
 
     Returns:
         `torch.Tensor` of shape `(..., height, width, 3)`: Normals in the camera frame.
@@ -497,31 +499,28 @@ def normals_from_depth(depth: torch.Tensor, intrinsics: torch.Tensor) -> torch.T
         [0.0, 0.0, -1.0]
     """
     points = unproject_depth(depth, intrinsics)
-    valid = depth > 0
-    along_u, has_u = _smaller_difference(points, valid, dim=-2)
-    along_v, has_v = _smaller_difference(points, valid, dim=-3)
+    along_u, has_u = _smaller_difference(points, dim=-2, step=step)
+    along_v, has_v = _smaller_difference(points, dim=-3, step=step)
     normals = torch.linalg.cross(along_v, along_u)
     length = torch.linalg.vector_norm(normals, dim=-1, keepdim=True)
-    known = (valid & has_u & has_v)[..., None] & (length > 0)
+    known = (has_u & has_v)[..., None] & (length > 0)
     normals = torch.where(known, normals / torch.where(known, length, 1.0), 0.0)
     away = (normals * points).sum(dim=-1, keepdim=True) > 0
-    return torch.where(away, -normals, normals)
+    # `+ 0` turns -0 into 0.
+    return torch.where(away, -normals, normals) + 0
 
 
-def _smaller_difference(points: torch.Tensor, valid: torch.Tensor, *, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Difference to the next or the previous pixel along `dim` of `points`, and where one exists."""
-    size = points.shape[dim]
-    step = points.narrow(dim, 1, size - 1) - points.narrow(dim, 0, size - 1) if size > 1 else points.narrow(dim, 0, 0)
-    both = (
-        valid.narrow(dim + 1, 1, size - 1) & valid.narrow(dim + 1, 0, size - 1)
-        if size > 1
-        else valid.narrow(dim + 1, 0, 0)
-    )
-    no_step, no_pair = torch.zeros_like(points.narrow(dim, 0, 1)), torch.zeros_like(valid.narrow(dim + 1, 0, 1))
-    forward, has_forward = torch.cat([step, no_step], dim=dim), torch.cat([both, no_pair], dim=dim + 1)
-    backward, has_backward = torch.cat([no_step, step], dim=dim), torch.cat([no_pair, both], dim=dim + 1)
-    nearer = has_forward & (~has_backward | (forward[..., 2].abs() <= backward[..., 2].abs()))
-    return torch.where(nearer[..., None], forward, backward), has_forward | has_backward
+def _smaller_difference(points: torch.Tensor, *, dim: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Difference between a pixel and the one `step` after or before it along `dim`, and where there is one."""
+    pairs = max(points.shape[dim] - step, 0)
+    later, earlier = points.narrow(dim, points.shape[dim] - pairs, pairs), points.narrow(dim, 0, pairs)
+    difference = torch.where((later[..., 2:] > 0) & (earlier[..., 2:] > 0), later - earlier, torch.inf)
+    padding = torch.full_like(points.narrow(dim, 0, points.shape[dim] - pairs), torch.inf)
+    forward = torch.cat([difference, padding], dim=dim)
+    backward = torch.cat([padding, difference], dim=dim)
+    nearer = torch.where((forward[..., 2:].abs() <= backward[..., 2:].abs()), forward, backward)
+    exists = torch.isfinite(nearer[..., 2])
+    return torch.where(exists[..., None], nearer, 0.0), exists
 
 
 def estimate_normals(

@@ -1,0 +1,1096 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A scene's geometry, its tensors for the model, and its encoding.
+
+[`SceneGeometry`] brings RGB-D frames or a point cloud into the one scene frame of `docs/conventions.md`: right-handed, +z
+up, origin on the floor below the first camera. [`SceneEncoding`] is what the model makes of a scene, once, for many
+questions.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import (
+    load_state_dict_from_file,
+    parse_local_safetensors_file_metadata,
+    save_torch_state_dict,
+)
+
+from .geometry_geode import (
+    encode_camera_poses,
+    estimate_normals,
+    evenly_spaced_indices,
+    median_camera_distance,
+    normals_from_depth,
+    rotation_aligning_to_z,
+    transform_boxes,
+    transform_points,
+    unproject_depth,
+    voxel_representatives,
+)
+
+
+FORMAT_VERSION = 1
+# Where metres come from: the input was metric, or the caller knew poses, depth, one length or the camera's height.
+SCALE_SOURCES = ("metric", "poses", "depth", "length", "camera_height", "unknown")
+GRAVITY_SOURCES = ("given", "assumed", "estimated")
+# A cloud of unknown scale is voxelised as if its cameras were, in the median, this far from its points.
+NOMINAL_DISTANCE_M = 2.5
+# The floor is this percentile of the points' heights: low enough to lie in the floor's points wherever it is seen, high
+# enough to ignore stray points below it.
+FLOOR_PERCENTILE = 1.0
+# Points whose confidence lies in this lowest part are dropped, as VGGT's authors suggest.
+DROPPED_CONFIDENCE_FRACTION = 0.2
+# Guards against wrong units and runaway memory; no room comes near them.
+MAX_INPUT_POINTS = 50_000_000
+MAX_EXTENT_M = 1000.0
+# The point encoder serialises voxel indices of at most 16 bits.
+MAX_GRID_CELLS = 2**16 - 1
+
+_TENSORS_FILE, _HEADER_FILE = "geometry.safetensors", "geometry.json"
+_ENCODING_KEY = "geode_scene_encoding"
+
+
+@dataclass(frozen=True, eq=False)
+class SceneGeometry:
+    """
+    Points and cameras of one scene, in the scene frame.
+
+    Build it with [`SceneGeometry.from_rgbd`] or [`SceneGeometry.from_point_cloud`], which bring any input into the scene
+    frame. The constructor takes tensors that are there already and checks them.
+
+    Convention:
+        - Scene frame ("world"): right-handed, +z up, origin on the floor below the first camera. Cameras: +x right, +y
+          down, +z forward. Pixel `(0, 0)` is the centre of the top-left pixel.
+        - Metres if `is_metric`, otherwise the input's unit.
+        - `points = metres_per_unit * (scene_from_dataset @ points_dataset)`.
+
+    Args:
+        points (`torch.Tensor` of shape `(num_points, 3)`):
+            Points, float32.
+        colors (`torch.Tensor` of shape `(num_points, 3)`):
+            Red, green, blue in [0, 1], float32; zeros where unknown.
+        normals (`torch.Tensor` of shape `(num_points, 3)`):
+            Unit normals, float32.
+        world_from_cam (`torch.Tensor` of shape `(num_cameras, 4, 4)`):
+            Camera poses, float32. May be empty.
+        intrinsics (`torch.Tensor` of shape `(num_cameras, 3, 3)`):
+            Pinhole matrices in pixels at `image_size`, float32.
+        image_size (`tuple[int, int]`, *optional*):
+            `(height, width)` of the images that `intrinsics` stand for. Required with cameras.
+        is_metric (`bool`, defaults to `True`):
+            Lengths are metres.
+        scale_source (`str`, defaults to `"metric"`):
+            Where metres come from: `"metric"` (the input was), `"poses"`, `"depth"`, `"length"`, `"camera_height"`, or
+            `"unknown"` if and only if the scene is not metric.
+        gravity (`str`, defaults to `"given"`):
+            Where +z comes from: `"given"` by the caller, `"assumed"` (the first camera is held upright, or the input's
+            +z is up) or `"estimated"`.
+        scene_from_dataset (`torch.Tensor` of shape `(4, 4)`):
+            Rigid map from the input's frame to the scene frame, float64.
+        metres_per_unit (`float`, defaults to 1.0):
+            Factor applied after that map.
+        timestamps_s (`torch.Tensor` of shape `(num_cameras,)`, *optional*):
+            Times of the cameras in seconds, float64.
+
+    Raises:
+        TypeError: If a tensor is missing or has the wrong dtype.
+        ValueError: If shapes disagree, a value is not finite, a pose is not rigid, an intrinsics matrix is not a pinhole,
+            or the cloud is empty or more than 1,000 m wide.
+    """
+
+    points: torch.Tensor
+    colors: torch.Tensor
+    normals: torch.Tensor
+    world_from_cam: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 4, 4))
+    intrinsics: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 3, 3))
+    image_size: tuple[int, int] | None = None
+    is_metric: bool = True
+    scale_source: str = "metric"
+    gravity: str = "given"
+    scene_from_dataset: torch.Tensor = field(default_factory=lambda: torch.eye(4, dtype=torch.float64))
+    metres_per_unit: float = 1.0
+    timestamps_s: torch.Tensor | None = None
+
+    def __post_init__(self):
+        for name in ("points", "colors", "normals", "world_from_cam", "intrinsics"):
+            _check_dtype(name, getattr(self, name), torch.float32)
+        _check_dtype("scene_from_dataset", self.scene_from_dataset, torch.float64)
+        _check_cloud(self.points, self.colors, self.normals)
+        _check_cameras(self.world_from_cam, self.intrinsics, self.image_size, self.timestamps_s)
+        _check_rigid("scene_from_dataset", self.scene_from_dataset[None])
+        if (self.scale_source == "unknown") == self.is_metric or self.scale_source not in SCALE_SOURCES:
+            raise ValueError(
+                f"`scale_source` must be one of {SCALE_SOURCES}, 'unknown' exactly if the scene is not metric; got "
+                f"{self.scale_source!r} with `is_metric`={self.is_metric}."
+            )
+        if self.gravity not in GRAVITY_SOURCES:
+            raise ValueError(f"`gravity` must be one of {GRAVITY_SOURCES}, got {self.gravity!r}.")
+        if not (math.isfinite(self.metres_per_unit) and self.metres_per_unit > 0):
+            raise ValueError(f"`metres_per_unit` must be positive, got {self.metres_per_unit}.")
+        if self.is_metric:
+            _check_extent(self.points)
+
+    @classmethod
+    def from_rgbd(
+        cls,
+        depth,
+        intrinsics,
+        *,
+        world_from_cam,
+        images=None,
+        up=None,
+        is_metric: bool = True,
+        depth_confidence=None,
+        timestamps_s=None,
+        max_points: int | None = None,
+        voxel_size_m: float = 0.02,
+        max_input_points: int = MAX_INPUT_POINTS,
+    ) -> "SceneGeometry":
+        """
+        Fuse posed depth maps into one thinned cloud in the scene frame.
+
+        Of each voxel the point nearest to its centre stays, with the colour and the normal of its pixel.
+
+        Args:
+            depth (`np.ndarray` or `torch.Tensor` of shape `(num_frames, height, width)`):
+                Z-depth, floating point, in metres if `is_metric`. Zero and non-finite values are dropped.
+            intrinsics (`np.ndarray` or `torch.Tensor` of shape `(num_frames, 3, 3)`):
+                Pinhole matrices in pixels, at the resolution of `depth`.
+            world_from_cam (`np.ndarray` or `torch.Tensor` of shape `(num_frames, 4, 4)`):
+                Poses in the input's frame, cameras with +x right, +y down, +z forward.
+            images (`np.ndarray` or `torch.Tensor` of shape `(num_frames, height, width, 3)`, *optional*):
+                Red, green, blue as uint8, aligned with `depth`. Without images the colours are zeros.
+            up (sequence of 3 `float`, *optional*):
+                Direction against gravity in the input's frame, `(0, 0, 1)` for a dataset with +z up. Without it the
+                first camera is taken to be held upright, and `gravity` is `"assumed"`.
+            is_metric (`bool`, defaults to `True`):
+                Depth and poses are in metres. Otherwise `voxel_size_m` is of the scene scaled to a median
+                camera-to-point distance of 2.5.
+            depth_confidence (`np.ndarray` or `torch.Tensor` of shape `(num_frames, height, width)`, *optional*):
+                The lowest fifth, over all frames, is dropped.
+            timestamps_s (`np.ndarray` or `torch.Tensor` of shape `(num_frames,)`, *optional*):
+                Times of the frames in seconds.
+            max_points (`int`, *optional*):
+                Largest number of points; the voxels grow until it holds.
+            voxel_size_m (`float`, defaults to 0.02):
+                Edge of a voxel.
+            max_input_points (`int`, defaults to 50,000,000):
+                Largest number of depth pixels, a guard against running out of memory.
+
+        Returns:
+            [`SceneGeometry`]: The scene.
+
+        Raises:
+            TypeError: If `depth` is of integers (often millimetres) or `images` is not uint8.
+            ValueError: If shapes disagree, no depth is valid, some depth is negative, or a camera is not valid.
+        """
+        depth = _to_tensor("depth", depth)
+        _check_depth(depth, max_input_points)
+        poses, intrinsics, timestamps_s = _to_cameras(world_from_cam, intrinsics, timestamps_s)
+        image_size = (depth.shape[1], depth.shape[2])
+        _check_cameras(poses, intrinsics, image_size, timestamps_s)
+        if len(poses) != len(depth):
+            raise ValueError(
+                f"`depth` has {len(depth)} frames and `world_from_cam` has {len(poses)}; they must agree."
+            )
+        images = _to_images(images, depth)
+        keep = _confident(depth_confidence, depth)
+        _check_voxel_size(voxel_size_m)
+
+        rotation, gravity = _upright_rotation(up, poses)
+        aligned_from_dataset = _rigid(rotation, -rotation @ poses[0, :3, 3])
+        aligned_from_cam = aligned_from_dataset @ poses
+        unit = 1.0 if is_metric else _nominal_unit(*_sparse_points(depth, keep, intrinsics, aligned_from_cam))
+        clouds = [
+            _frame_cloud(
+                depth[i], keep[i], None if images is None else images[i], intrinsics[i], pose, voxel_size_m * unit
+            )
+            for i, pose in enumerate(aligned_from_cam)
+        ]
+        cloud = [torch.cat(parts) for parts in zip(*clouds, strict=True)]
+        cloud = _thin_cloud(cloud, voxel_size_m * unit, max_points)
+        return _place_on_floor(
+            cloud,
+            aligned_from_dataset,
+            poses,
+            intrinsics=intrinsics,
+            image_size=image_size,
+            is_metric=is_metric,
+            gravity=gravity,
+            timestamps_s=timestamps_s,
+        )
+
+    @classmethod
+    def from_point_cloud(
+        cls,
+        points,
+        *,
+        colors=None,
+        normals=None,
+        world_from_cam=None,
+        intrinsics=None,
+        image_size: tuple[int, int] | None = None,
+        up=None,
+        is_metric: bool = True,
+        timestamps_s=None,
+        max_points: int | None = None,
+        voxel_size_m: float | None = 0.02,
+        max_input_points: int = MAX_INPUT_POINTS,
+    ) -> "SceneGeometry":
+        """
+        Bring a point cloud, and the cameras that saw it if there are any, into the scene frame.
+
+        Args:
+            points (`np.ndarray` or `torch.Tensor` of shape `(num_points, 3)`):
+                Points in the input's frame, in metres if `is_metric`.
+            colors (`np.ndarray` or `torch.Tensor` of shape `(num_points, 3)`, *optional*):
+                Red, green, blue: uint8, or floating point in [0, 1]. Without them the colours are zeros.
+            normals (`np.ndarray` or `torch.Tensor` of shape `(num_points, 3)`, *optional*):
+                Normals of any positive length. Without them they are estimated from 16 neighbours and face the nearest
+                camera, or upwards.
+            world_from_cam (`np.ndarray` or `torch.Tensor` of shape `(num_cameras, 4, 4)`, *optional*):
+                Poses in the input's frame, cameras with +x right, +y down, +z forward. Given with `intrinsics`.
+            intrinsics (`np.ndarray` or `torch.Tensor` of shape `(num_cameras, 3, 3)`, *optional*):
+                Pinhole matrices in pixels at `image_size`.
+            image_size (`tuple[int, int]`, *optional*):
+                `(height, width)`. Required with cameras.
+            up (sequence of 3 `float`, *optional*):
+                Direction against gravity in the input's frame. Without it the first camera is taken to be held upright,
+                or, without cameras, the input's +z to be up; `gravity` is then `"assumed"`.
+            is_metric (`bool`, defaults to `True`):
+                The cloud and the poses are in metres. Otherwise `voxel_size_m` is of the scene scaled to a median
+                camera-to-point distance of 2.5.
+            timestamps_s (`np.ndarray` or `torch.Tensor` of shape `(num_cameras,)`, *optional*):
+                Times of the cameras in seconds.
+            max_points (`int`, *optional*):
+                Largest number of points; the voxels grow until it holds.
+            voxel_size_m (`float`, *optional*, defaults to 0.02):
+                Edge of the voxels in which the point nearest to the centre stays; `None` keeps every point.
+            max_input_points (`int`, defaults to 50,000,000):
+                Largest number of points, a guard against running out of memory.
+
+        Returns:
+            [`SceneGeometry`]: The scene.
+
+        Raises:
+            ValueError: If the cloud is empty or not finite, shapes disagree, or a camera is not valid.
+        """
+        points = _to_points("points", points)
+        _check_count(len(points), max_input_points)
+        poses, intrinsics, timestamps_s = _to_cameras(world_from_cam, intrinsics, timestamps_s)
+        _check_cameras(poses, intrinsics, image_size, timestamps_s)
+        colors = _to_colors(colors, points)
+        if voxel_size_m is not None:
+            _check_voxel_size(voxel_size_m)
+
+        rotation, gravity = _upright_rotation(up, poses)
+        points = points @ rotation.T
+        anchor = rotation @ poses[0, :3, 3] if len(poses) else _box_center(points)
+        points = points - anchor
+        aligned_from_dataset = _rigid(rotation, -anchor)
+        cloud = [points, colors] if normals is None else [points, colors, _to_normals(normals, points) @ rotation.T]
+        centers = transform_points(aligned_from_dataset, poses[:, :3, 3])
+        unit = 1.0 if is_metric or voxel_size_m is None else _nominal_unit(points, centers)
+        cloud = _thin_cloud(cloud, None if voxel_size_m is None else voxel_size_m * unit, max_points)
+        if normals is None:
+            cloud.append(estimate_normals(cloud[0], camera_centers=centers))
+        return _place_on_floor(
+            cloud,
+            aligned_from_dataset,
+            poses,
+            intrinsics=intrinsics,
+            image_size=image_size,
+            is_metric=is_metric,
+            gravity=gravity,
+            timestamps_s=timestamps_s,
+        )
+
+    @property
+    def num_points(self) -> int:
+        """Number of points."""
+        return len(self.points)
+
+    @property
+    def num_cameras(self) -> int:
+        """Number of cameras, which may be zero."""
+        return len(self.world_from_cam)
+
+    def boxes_in_scene(self, boxes) -> torch.Tensor:
+        """
+        Bring boxes of the input's frame into the scene frame, the way the points went.
+
+        Args:
+            boxes (`np.ndarray` or `torch.Tensor` of shape `(num_boxes, 7)`):
+                Boxes `(cx, cy, cz, dx, dy, dz, yaw)` in the input's frame and unit, upright there.
+
+        Returns:
+            `torch.Tensor` of shape `(num_boxes, 7)`: Boxes in the scene frame, float32, yaw in (-pi/2, pi/2].
+
+        Raises:
+            ValueError: If the scene's +z is not the input's +z, to within 0.5 degrees.
+        """
+        boxes = transform_boxes(_to_tensor("boxes", boxes).double(), self.scene_from_dataset)
+        return torch.cat([boxes[..., :6] * self.metres_per_unit, boxes[..., 6:]], dim=-1).float()
+
+    def with_scale(self, metres_per_unit: float, source: str) -> "SceneGeometry":
+        """
+        The same scene in metres, once the caller knows its scale.
+
+        Args:
+            metres_per_unit (`float`):
+                Metres in one unit of this scene: a known length over the same length measured here.
+            source (`str`):
+                What the caller knew: `"poses"`, `"depth"`, `"length"` or `"camera_height"`.
+
+        Returns:
+            [`SceneGeometry`]: The metric scene.
+
+        Raises:
+            ValueError: If the scene is metric already, or the factor or the source is not valid.
+        """
+        if self.is_metric:
+            raise ValueError(
+                f"`with_scale` needs a scene of unknown scale, this one is metric (`scale_source`={self.scale_source!r})."
+            )
+        sources = tuple(name for name in SCALE_SOURCES if name not in ("metric", "unknown"))
+        if source not in sources:
+            raise ValueError(f"`source` must be one of {sources}, got {source!r}.")
+        if not (math.isfinite(metres_per_unit) and metres_per_unit > 0):
+            raise ValueError(f"`metres_per_unit` must be positive, got {metres_per_unit}.")
+        points, world_from_cam = self._scaled(metres_per_unit)
+        return dataclasses.replace(
+            self,
+            points=points,
+            world_from_cam=world_from_cam,
+            is_metric=True,
+            scale_source=source,
+            metres_per_unit=self.metres_per_unit * float(metres_per_unit),
+        )
+
+    def _scaled(self, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        world_from_cam = self.world_from_cam.clone()
+        world_from_cam[:, :3, 3] *= factor
+        return self.points * factor, world_from_cam
+
+    def summary(self) -> dict:
+        """
+        Facts about the scene that JSON can hold.
+
+        Returns:
+            `dict`: `num_points`, `num_cameras`, `extent` (sizes along x, y, z, in metres if `is_metric`), `is_metric`,
+            `scale_source`, `metres_per_unit` and `gravity`.
+        """
+        extent = self.points.max(dim=0).values - self.points.min(dim=0).values
+        return {
+            "num_points": self.num_points,
+            "num_cameras": self.num_cameras,
+            "extent": extent.tolist(),
+            "is_metric": self.is_metric,
+            "scale_source": self.scale_source,
+            "metres_per_unit": self.metres_per_unit,
+            "gravity": self.gravity,
+        }
+
+    def to_model_inputs(
+        self, grid_size: float, *, max_points: int | None = None, num_cameras: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """
+        The tensors that the model reads, for this one scene.
+
+        A scene of unknown scale is first scaled to a median camera-to-point distance of 2.5, about that of a room. Where
+        the scale is known, `point_coords * exp(log_scale)` are metres.
+
+        Args:
+            grid_size (`float`):
+                Voxel edge of the point encoder, in metres.
+            max_points (`int`, *optional*):
+                Largest number of voxels. Where there are more, blocks of k x k x k voxels keep the one nearest to their
+                centre, with the smallest k tried that suffices; `grid_size` and the voxel indices stay, since the
+                encoder was trained on them. Nothing is random.
+            num_cameras (`int`, *optional*):
+                Largest number of cameras, evenly spaced; all by default.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `point_features` `(num_voxels, 9)` (centred x y z, red green blue, normal),
+            `point_coords` `(num_voxels, 3)` in the scene frame, `point_grid_coords` `(num_voxels, 3)`, `camera_poses`
+            `(num_cameras, 11)`, `log_scale` `()` and `scale_known` `()`. Not batched; see [`collate_scenes`].
+
+        Raises:
+            ValueError: If a count is below 1, or the cloud is wider than 65,535 voxels.
+        """
+        from .sonata_geode import prepare_point_cloud
+
+        for name, count in (("max_points", max_points), ("num_cameras", num_cameras)):
+            if count is not None and count < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {count}.")
+        points, world_from_cam = self.points, self.world_from_cam
+        if not self.is_metric:
+            points, world_from_cam = self._scaled(1 / _nominal_unit(points, world_from_cam[:, :3, 3]))
+        extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
+        if extent > MAX_GRID_CELLS * grid_size:
+            raise ValueError(
+                f"The cloud may be at most {MAX_GRID_CELLS} voxels of `grid_size` {grid_size} wide, got {extent:.1f} m. "
+                "Drop outliers."
+            )
+        cloud = prepare_point_cloud(points, self.colors * 255, self.normals, grid_size)
+        # The encoder's coordinates are centred on the bounding box, with the lowest point at 0.
+        shift = _box_center(points)
+        shift[2] = points[:, 2].min()
+        rows = _coarser_voxels(cloud["grid_coord"], max_points)
+        cameras = evenly_spaced_indices(self.num_cameras, num_cameras or self.num_cameras)
+        if cameras:
+            poses = encode_camera_poses(world_from_cam[cameras], self.intrinsics[cameras], self.image_size)
+        else:
+            poses = points.new_zeros(0, 11)
+        return {
+            "point_features": cloud["feat"][rows].float(),
+            "point_coords": cloud["coord"][rows].float() + shift,
+            "point_grid_coords": cloud["grid_coord"][rows].long(),
+            "camera_poses": poses,
+            "log_scale": torch.zeros(()),
+            "scale_known": torch.tensor(self.is_metric),
+        }
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """
+        Write `geometry.safetensors` and `geometry.json` to a folder, each in one step.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Created if absent. A scene that is there already is replaced.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name) for name in ("points", "colors", "normals", "scene_from_dataset")}
+        if self.num_cameras:
+            tensors |= {"world_from_cam": self.world_from_cam, "intrinsics": self.intrinsics}
+        if self.timestamps_s is not None:
+            tensors["timestamps_s"] = self.timestamps_s
+        header = {
+            "format_version": FORMAT_VERSION,
+            "num_points": self.num_points,
+            "num_cameras": self.num_cameras,
+            "image_size": self.image_size,
+            "is_metric": self.is_metric,
+            "scale_source": self.scale_source,
+            "gravity": self.gravity,
+            "metres_per_unit": self.metres_per_unit,
+        }
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _write_tensors(tensors, Path(scratch) / _TENSORS_FILE)
+            # The digest ties the two files together: a crash between the two moves must not pass unnoticed.
+            header["tensors_sha256"] = _sha256(Path(scratch) / _TENSORS_FILE)
+            (Path(scratch) / _HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+            for name in (_TENSORS_FILE, _HEADER_FILE):
+                os.replace(Path(scratch) / name, folder / name)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "SceneGeometry":
+        """
+        Read a scene that [`SceneGeometry.save`] wrote. Nothing is unpickled.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                The folder given to `save`.
+
+        Returns:
+            [`SceneGeometry`]: The scene.
+
+        Raises:
+            FileNotFoundError: If the folder or one of its two files is missing.
+            ValueError: If `folder` is a file, the format version is another, the two files do not belong together, or the
+                content is not valid.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            raise ValueError(f"`folder` must be a folder written by `SceneGeometry.save`, got the file {folder}.")
+        for name in (_HEADER_FILE, _TENSORS_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"A saved scene has {_HEADER_FILE} and {_TENSORS_FILE}; {folder} has no {name}."
+                )
+        header = json.loads((folder / _HEADER_FILE).read_text(encoding="utf-8"))
+        _check_version(header, str(folder / _HEADER_FILE))
+        digest = _sha256(folder / _TENSORS_FILE)
+        if header.get("tensors_sha256") != digest:
+            raise ValueError(
+                f"{folder / _TENSORS_FILE} has SHA-256 {digest}, but {_HEADER_FILE} expects "
+                f"{header.get('tensors_sha256')}. The files are damaged or of two scenes; save the scene again."
+            )
+        tensors = load_state_dict_from_file(folder / _TENSORS_FILE)
+        fields = {name: header[name] for name in ("is_metric", "scale_source", "gravity", "metres_per_unit")}
+        image_size = header["image_size"]
+        return cls(**tensors, **fields, image_size=None if image_size is None else tuple(image_size))
+
+
+@dataclass(frozen=True, eq=False)
+class SceneEncoding:
+    """
+    What the model knows of a scene before a question is asked.
+
+    Args:
+        visual_tokens (`torch.Tensor` of shape `(num_frames, num_tokens_per_frame, hidden_size)`):
+            Projected visual tokens of the frames.
+        rationale_tokens (`torch.Tensor` of shape `(num_rationale_tokens, hidden_size)`):
+            All rationale tokens; a question may use only the first of them. None where geometry was off.
+        summary (`dict`):
+            Facts about the geometry, see [`SceneGeometry.summary`]. Must fit into JSON.
+        encoder_digest (`str`):
+            Digest of the weights and settings that made the tokens: tokens of another model mean nothing to this one.
+    """
+
+    visual_tokens: torch.Tensor
+    rationale_tokens: torch.Tensor
+    summary: dict
+    encoder_digest: str
+
+    def __post_init__(self):
+        for name, dims in (("visual_tokens", 3), ("rationale_tokens", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                raise TypeError(f"`{name}` must be a floating-point tensor, got {_kind(value)}.")
+            if value.dim() != dims:
+                raise ValueError(f"`{name}` must have {dims} dimensions, got shape {tuple(value.shape)}.")
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(
+                    f"`{name}` must be finite, got {int((~torch.isfinite(value)).sum())} values that are not."
+                )
+        if self.visual_tokens.shape[-1] != self.rationale_tokens.shape[-1]:
+            raise ValueError(
+                "`visual_tokens` and `rationale_tokens` must have the same width, got "
+                f"{self.visual_tokens.shape[-1]} and {self.rationale_tokens.shape[-1]}."
+            )
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames."""
+        return len(self.visual_tokens)
+
+    def to(self, device: str | torch.device) -> "SceneEncoding":
+        """
+        The same encoding with its tensors on a device.
+
+        Args:
+            device (`str` or `torch.device`):
+                The device.
+
+        Returns:
+            [`SceneEncoding`]: The moved encoding.
+        """
+        return dataclasses.replace(
+            self, visual_tokens=self.visual_tokens.to(device), rationale_tokens=self.rationale_tokens.to(device)
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Write one safetensors file, whose header holds the facts, in one step.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                A path ending in `.safetensors`. Its folder is created if absent.
+        """
+        path = _safetensors_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"visual_tokens": self.visual_tokens}
+        if len(self.rationale_tokens):
+            tensors["rationale_tokens"] = self.rationale_tokens
+        header = {
+            "format_version": FORMAT_VERSION,
+            "encoder_digest": self.encoder_digest,
+            "summary": self.summary,
+        }
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            _write_tensors(tensors, Path(scratch) / "encoding.safetensors", {_ENCODING_KEY: json.dumps(header)})
+            os.replace(Path(scratch) / "encoding.safetensors", path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "SceneEncoding":
+        """
+        Read an encoding that [`SceneEncoding.save`] wrote. Nothing is unpickled.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                The path given to `save`.
+
+        Returns:
+            [`SceneEncoding`]: The encoding, on the CPU.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not an encoding, or its format version is another.
+        """
+        path = _safetensors_path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no scene encoding at {path}.")
+        tensors = load_state_dict_from_file(path)
+        metadata = parse_local_safetensors_file_metadata(path).metadata
+        if _ENCODING_KEY not in metadata:
+            raise ValueError(f"{path} holds tensors but no scene encoding: its header has no {_ENCODING_KEY!r}.")
+        header = json.loads(metadata[_ENCODING_KEY])
+        _check_version(header, str(path))
+        visual_tokens = tensors["visual_tokens"]
+        return cls(
+            visual_tokens=visual_tokens,
+            rationale_tokens=tensors.get("rationale_tokens", visual_tokens.new_zeros(0, visual_tokens.shape[-1])),
+            summary=header["summary"],
+            encoder_digest=header["encoder_digest"],
+        )
+
+
+def collate_scenes(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """
+    Pad the scenes of a batch to common sizes.
+
+    Args:
+        samples (`list[list[dict]]`):
+            For each sample the outputs of [`SceneGeometry.to_model_inputs`] of its scenes, possibly none.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `scene_mask` `(batch_size, num_scenes)`; `point_features`
+        `(batch_size, num_scenes, num_points, 9)`, `point_coords` and `point_grid_coords` `(..., num_points, 3)` with
+        `point_mask` `(..., num_points)`; `camera_poses` `(..., num_cameras, 11)` with `camera_mask` `(..., num_cameras)`;
+        `log_scale` and `scale_known` `(batch_size, num_scenes)`. Padding is 0 and False. There is room for at least one
+        camera, even if no scene has any.
+
+    Raises:
+        ValueError: If no sample has a scene.
+    """
+    num_scenes = max((len(scenes) for scenes in samples), default=0)
+    if num_scenes == 0:
+        raise ValueError(
+            f"At least one of the {len(samples)} samples must have a scene. Leave geometry out otherwise."
+        )
+    every = [scene for scenes in samples for scene in scenes]
+    num_points = max(len(scene["point_coords"]) for scene in every)
+    num_cameras = max(1, *(len(scene["camera_poses"]) for scene in every))
+    lead = (len(samples), num_scenes)
+    batch = {
+        "scene_mask": torch.zeros(lead, dtype=torch.bool),
+        "point_features": torch.zeros(*lead, num_points, every[0]["point_features"].shape[-1]),
+        "point_coords": torch.zeros(*lead, num_points, 3),
+        "point_grid_coords": torch.zeros(*lead, num_points, 3, dtype=torch.long),
+        "point_mask": torch.zeros(*lead, num_points, dtype=torch.bool),
+        "camera_poses": torch.zeros(*lead, num_cameras, 11),
+        "camera_mask": torch.zeros(*lead, num_cameras, dtype=torch.bool),
+        "log_scale": torch.zeros(lead),
+        "scale_known": torch.zeros(lead, dtype=torch.bool),
+    }
+    for row, scenes in enumerate(samples):
+        for column, scene in enumerate(scenes):
+            batch["scene_mask"][row, column] = True
+            batch["point_mask"][row, column, : len(scene["point_coords"])] = True
+            batch["camera_mask"][row, column, : len(scene["camera_poses"])] = True
+            for name in ("point_features", "point_coords", "point_grid_coords", "camera_poses"):
+                batch[name][row, column, : len(scene[name])] = scene[name]
+            for name in ("log_scale", "scale_known"):
+                batch[name][row, column] = scene[name]
+    return batch
+
+
+# ---- from an input's frame to the scene frame ----
+
+
+def _rigid(rotation: torch.Tensor, translation: torch.Tensor) -> torch.Tensor:
+    matrix = torch.eye(4, dtype=rotation.dtype)
+    matrix[:3, :3] = rotation
+    matrix[:3, 3] = translation
+    return matrix
+
+
+def _upright_rotation(up, poses: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """The smallest rotation that takes up to +z, and where up comes from."""
+    if up is not None:
+        up = _to_tensor("up", up).double()
+        if tuple(up.shape) != (3,):
+            raise ValueError(f"`up` must be one direction of 3 numbers, got shape {tuple(up.shape)}.")
+        return rotation_aligning_to_z(up), "given"
+    if len(poses):
+        return rotation_aligning_to_z(-poses[0, :3, 1]), "assumed"
+    return torch.eye(3, dtype=torch.float64), "assumed"
+
+
+def _box_center(points: torch.Tensor) -> torch.Tensor:
+    return (points.min(dim=0).values + points.max(dim=0).values) / 2
+
+
+def _nominal_unit(points: torch.Tensor, centers: torch.Tensor) -> float:
+    """Length in the cloud's unit that stands for a nominal metre; without cameras, one in the cloud's middle is assumed."""
+    if not len(centers):
+        centers = _box_center(points)[None]
+    distance = float(median_camera_distance(points, centers))
+    if distance == 0:
+        raise ValueError(
+            "A cloud of unknown scale needs points away from its cameras, but the median distance between them is 0."
+        )
+    return distance / NOMINAL_DISTANCE_M
+
+
+def _sparse_points(depth, keep, intrinsics, aligned_from_cam) -> tuple[torch.Tensor, torch.Tensor]:
+    """A thinned cloud and the camera centres, enough for the median distance between them."""
+    stride = max(1, math.isqrt(depth.numel() // 65_536))
+    clouds = []
+    for i, pose in enumerate(aligned_from_cam):
+        z = _valid_depth(depth[i], keep[i])
+        points = unproject_depth(z, intrinsics[i])[::stride, ::stride].reshape(-1, 3)
+        clouds.append(transform_points(pose, points[points[:, 2] > 0]))
+    points = torch.cat(clouds)
+    if not len(points):
+        raise ValueError("`depth` must have valid values all over the frames, got too few of them to see their scale.")
+    return points, aligned_from_cam[:, :3, 3]
+
+
+def _valid_depth(depth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    depth = depth.double()
+    return torch.where(torch.isfinite(depth) & keep, depth, 0.0)
+
+
+def _frame_cloud(depth, keep, image, intrinsics, aligned_from_cam, voxel_size: float) -> list[torch.Tensor]:
+    """Points, colours and normals of one frame, one per voxel."""
+    z = _valid_depth(depth, keep)
+    valid = z > 0
+    if not bool(valid.any()):
+        return [torch.zeros(0, 3, dtype=torch.float64) for _ in range(3)]
+    # Pixels two voxels apart: nearer ones would differ more by the sensor's noise than by the surface.
+    step = round(2 * voxel_size * float(intrinsics[0, 0]) / float(z[valid].median()))
+    normals = normals_from_depth(z, intrinsics, step=min(max(step, 1), max(1, min(z.shape) // 8)))[valid]
+    points_cam = unproject_depth(z, intrinsics)[valid]
+    # A pixel without neighbours has no normal of its own; it is taken to face the camera.
+    facing = -points_cam / torch.linalg.vector_norm(points_cam, dim=1, keepdim=True)
+    normals = torch.where((normals == 0).all(dim=1, keepdim=True), facing, normals) @ aligned_from_cam[:3, :3].T
+    points = transform_points(aligned_from_cam, points_cam)
+    colors = torch.zeros_like(points) if image is None else image[valid].double() / 255
+    rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
+    return [points[rows], colors[rows], normals[rows]]
+
+
+def _thin_cloud(cloud: list[torch.Tensor], voxel_size: float | None, max_points: int | None) -> list[torch.Tensor]:
+    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left."""
+    if max_points is not None and max_points < 1:
+        raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
+    points = cloud[0]
+    if voxel_size is not None:
+        rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
+        cloud = [values[rows] for values in cloud]
+        points = cloud[0]
+    if max_points is None or len(points) <= max_points:
+        return cloud
+    origin = points.min(dim=0).values
+    if voxel_size is None:
+        voxel_size = float((points - origin).max()) / math.sqrt(len(points)) or 1.0
+    rows = range(len(points))
+    while len(rows) > max_points:
+        # The count of occupied voxels on surfaces falls with the square of their edge.
+        voxel_size *= max(1.05, math.sqrt(len(rows) / max_points))
+        rows = voxel_representatives(points, voxel_size, origin=origin)
+    return [values[rows] for values in cloud]
+
+
+def _coarser_voxels(grid_coords: torch.Tensor, max_points: int | None) -> torch.Tensor:
+    """Rows to keep so that at most `max_points` are left."""
+    rows = torch.arange(len(grid_coords))
+    factor = 1
+    while max_points is not None and len(rows) > max_points:
+        factor = max(factor + 1, math.floor(factor * math.sqrt(len(rows) / max_points)))
+        rows = voxel_representatives(grid_coords.double() + 0.5, factor, origin=torch.zeros(3, dtype=torch.float64))
+    return rows
+
+
+def _place_on_floor(
+    cloud: list[torch.Tensor], aligned_from_dataset: torch.Tensor, poses: torch.Tensor, *, is_metric: bool, **fields
+) -> SceneGeometry:
+    """Lower an upright cloud onto its floor and build the scene."""
+    points, colors, normals = cloud
+    rank = max(1, math.ceil(FLOOR_PERCENTILE / 100 * len(points)))
+    floor = points[:, 2].kthvalue(rank).values
+    scene_from_dataset = aligned_from_dataset.clone()
+    scene_from_dataset[2, 3] -= floor
+    points = points - torch.stack([torch.zeros_like(floor), torch.zeros_like(floor), floor])
+    fields["intrinsics"] = fields["intrinsics"].float()
+    return SceneGeometry(
+        points=points.float(),
+        colors=colors.float(),
+        normals=torch.nn.functional.normalize(normals.float(), dim=1),
+        world_from_cam=(scene_from_dataset @ poses).float(),
+        is_metric=is_metric,
+        scale_source="metric" if is_metric else "unknown",
+        scene_from_dataset=scene_from_dataset,
+        **fields,
+    )
+
+
+# ---- reading and checking inputs ----
+
+
+def _kind(value) -> str:
+    return str(value.dtype) if isinstance(value, (torch.Tensor, np.ndarray)) else type(value).__name__
+
+
+def _to_tensor(name: str, value) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, (np.ndarray, list, tuple)):
+        # A copy: torch warns about arrays that it may not write to, such as those of a memory-mapped file.
+        return torch.tensor(np.asarray(value))
+    raise TypeError(f"`{name}` must be an array or a tensor, got {_kind(value)}.")
+
+
+def _to_points(name: str, value) -> torch.Tensor:
+    points = _to_tensor(name, value).double()
+    if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
+        raise ValueError(
+            f"`{name}` must have shape (num_points, 3) with at least one point, got {tuple(points.shape)}."
+        )
+    _check_finite(name, points)
+    return points
+
+
+def _to_colors(colors, points: torch.Tensor) -> torch.Tensor:
+    if colors is None:
+        return torch.zeros_like(points)
+    colors = _to_tensor("colors", colors)
+    _check_same_shape("colors", colors, points)
+    if colors.dtype == torch.uint8:
+        return colors.double() / 255
+    if not colors.is_floating_point():
+        raise TypeError(f"`colors` must be uint8, or floating point in [0, 1], got {colors.dtype}.")
+    return colors.double()
+
+
+def _to_normals(normals, points: torch.Tensor) -> torch.Tensor:
+    normals = _to_tensor("normals", normals).double()
+    _check_same_shape("normals", normals, points)
+    _check_finite("normals", normals)
+    length = torch.linalg.vector_norm(normals, dim=1, keepdim=True)
+    if bool((length == 0).any()):
+        raise ValueError(
+            f"`normals` must have positive length, got {int((length == 0).sum())} zeros of {len(normals)}. Leave `normals` "
+            "out to have them estimated."
+        )
+    return normals / length
+
+
+def _to_cameras(world_from_cam, intrinsics, timestamps_s) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    if (world_from_cam is None) != (intrinsics is None):
+        missing = "world_from_cam" if world_from_cam is None else "intrinsics"
+        raise ValueError(f"Cameras need both `world_from_cam` and `intrinsics`, got no `{missing}`.")
+    if world_from_cam is None:
+        world_from_cam, intrinsics = torch.zeros(0, 4, 4), torch.zeros(0, 3, 3)
+    if timestamps_s is not None:
+        timestamps_s = _to_tensor("timestamps_s", timestamps_s).double()
+    poses, intrinsics = _to_tensor("world_from_cam", world_from_cam), _to_tensor("intrinsics", intrinsics)
+    return poses.double(), intrinsics.double(), timestamps_s
+
+
+def _to_images(images, depth: torch.Tensor) -> torch.Tensor | None:
+    if images is None:
+        return None
+    images = _to_tensor("images", images)
+    if images.dtype != torch.uint8:
+        raise TypeError(f"`images` must be uint8 in 0..255, got {images.dtype}.")
+    if tuple(images.shape) != (*depth.shape, 3):
+        raise ValueError(
+            f"`images` must have shape {(*depth.shape, 3)} to match `depth`, got {tuple(images.shape)}. Resize them to the "
+            "depth, or the depth (nearest neighbour) and its `intrinsics` (`resize_intrinsics`) to them."
+        )
+    return images
+
+
+def _confident(depth_confidence, depth: torch.Tensor) -> torch.Tensor:
+    """Pixels to use: those of positive depth, without the lowest fifth in confidence."""
+    valid = torch.isfinite(depth) & (depth > 0)
+    if not bool(valid.any()):
+        raise ValueError(f"`depth` must have valid values, got none above 0 in {depth.numel()} pixels.")
+    if depth_confidence is None:
+        return valid
+    confidence = _to_tensor("depth_confidence", depth_confidence)
+    _check_same_shape("depth_confidence", confidence, depth)
+    _check_finite("depth_confidence", confidence[valid])
+    rank = max(1, math.floor(DROPPED_CONFIDENCE_FRACTION * int(valid.sum())))
+    return valid & (confidence >= confidence[valid].kthvalue(rank).values)
+
+
+def _check_same_shape(name: str, value: torch.Tensor, other: torch.Tensor) -> None:
+    if value.shape != other.shape:
+        raise ValueError(f"`{name}` must have shape {tuple(other.shape)}, got {tuple(value.shape)}.")
+
+
+def _check_finite(name: str, value: torch.Tensor) -> None:
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise ValueError(
+            f"`{name}` must be finite, got {bad} NaN or infinite values of {value.numel()}. Drop them first."
+        )
+
+
+def _check_dtype(name: str, value, dtype: torch.dtype) -> None:
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.device.type != "cpu":
+        raise TypeError(
+            f"`{name}` must be a {dtype} tensor on the CPU, got {_kind(value)}. `SceneGeometry.from_point_cloud` and "
+            "`SceneGeometry.from_rgbd` convert arrays."
+        )
+
+
+def _check_count(count: int, max_input_points: int) -> None:
+    if count > max_input_points:
+        raise ValueError(
+            f"At most `max_input_points`={max_input_points:,} points are taken, got {count:,}. Use fewer frames or thin the "
+            "cloud, or raise the limit if the memory allows."
+        )
+
+
+def _check_voxel_size(voxel_size_m: float) -> None:
+    if not (math.isfinite(voxel_size_m) and voxel_size_m > 0):
+        raise ValueError(f"`voxel_size_m` must be positive, got {voxel_size_m}.")
+
+
+def _check_depth(depth: torch.Tensor, max_input_points: int) -> None:
+    if not depth.is_floating_point():
+        raise TypeError(
+            f"`depth` must be floating point, got {depth.dtype}. Sensors store millimetres as integers: divide by 1000."
+        )
+    if depth.dim() != 3 or 0 in depth.shape:
+        raise ValueError(
+            f"`depth` must have shape (num_frames, height, width), none of them 0, got {tuple(depth.shape)}."
+        )
+    _check_count(depth.numel(), max_input_points)
+    if bool((depth < 0).any()):
+        raise ValueError(
+            f"`depth` must not be negative, got a minimum of {float(depth[depth < 0].min()):.4g}. Mark invalid pixels with 0; "
+            "cameras look along +z."
+        )
+
+
+def _check_cloud(points: torch.Tensor, colors: torch.Tensor, normals: torch.Tensor) -> None:
+    if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
+        raise ValueError(
+            f"`points` must have shape (num_points, 3) with at least one point, got {tuple(points.shape)}."
+        )
+    for name, value in (("points", points), ("colors", colors), ("normals", normals)):
+        _check_same_shape(name, value, points)
+        _check_finite(name, value)
+    low, high = float(colors.min()), float(colors.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"`colors` must lie in [0, 1], got {low:.4g} to {high:.4g}. Give 0..255 as uint8.")
+    error = float((torch.linalg.vector_norm(normals, dim=1) - 1).abs().max())
+    if error > 1e-3:
+        raise ValueError(f"`normals` must have unit length, got one that is {error:.4g} off.")
+
+
+def _check_cameras(world_from_cam, intrinsics, image_size, timestamps_s) -> None:
+    count = len(world_from_cam) if world_from_cam.dim() else 0
+    if tuple(world_from_cam.shape) != (count, 4, 4):
+        raise ValueError(f"`world_from_cam` must have shape (num_cameras, 4, 4), got {tuple(world_from_cam.shape)}.")
+    if tuple(intrinsics.shape) != (count, 3, 3):
+        raise ValueError(
+            f"`intrinsics` must have shape {(count, 3, 3)} to match the {count} poses of `world_from_cam`, got "
+            f"{tuple(intrinsics.shape)}. To share one camera across frames, expand it first."
+        )
+    if timestamps_s is not None:
+        _check_dtype("timestamps_s", timestamps_s, torch.float64)
+        if tuple(timestamps_s.shape) != (count,):
+            raise ValueError(f"`timestamps_s` must have shape {(count,)}, got {tuple(timestamps_s.shape)}.")
+        _check_finite("timestamps_s", timestamps_s)
+    if not count:
+        return
+    sizes_fit = isinstance(image_size, tuple) and len(image_size) == 2
+    if not sizes_fit or not all(isinstance(side, int) and side > 0 for side in image_size):
+        raise ValueError(f"`image_size` must be (height, width) in whole pixels with cameras, got {image_size!r}.")
+    _check_rigid("world_from_cam", world_from_cam)
+    _check_intrinsics(intrinsics)
+
+
+def _check_rigid(name: str, matrices: torch.Tensor) -> None:
+    if tuple(matrices.shape[1:]) != (4, 4):
+        raise ValueError(f"`{name}` must be made of 4x4 matrices, got shape {tuple(matrices.shape[1:])}.")
+    finite = torch.isfinite(matrices).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"`{name}` must be finite, but is not at {_which(~finite)}. Leave out frames that lost tracking."
+        )
+    rotation = matrices[:, :3, :3].double()
+    error = (rotation @ rotation.transpose(1, 2) - torch.eye(3, dtype=torch.float64)).abs().amax(dim=(1, 2))
+    determinant = torch.linalg.det(rotation)
+    # Poses written with four decimals are within 1e-3.
+    if bool((error > 1e-3).any()) or bool((determinant < 0).any()):
+        raise ValueError(
+            f"`{name}` must hold rotations (orthonormal, determinant 1), got an error of {float(error.max()):.3g} and a least "
+            f"determinant of {float(determinant.min()):.3g} at {_which((error > 1e-3) | (determinant < 0))}."
+        )
+    bottom = matrices[:, 3] != torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=matrices.dtype)
+    if bool(bottom.any()):
+        raise ValueError(f"`{name}` must have the last row (0, 0, 0, 1), but has not at {_which(bottom.any(dim=1))}.")
+
+
+def _check_intrinsics(intrinsics: torch.Tensor) -> None:
+    _check_finite("intrinsics", intrinsics)
+    focal = torch.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], dim=1)
+    if bool((focal <= 0).any()):
+        raise ValueError(f"`intrinsics` must have positive focal lengths, got {float(focal.min()):.4g}.")
+    rest = intrinsics.clone()
+    rest[:, 0, 0] = rest[:, 1, 1] = 1
+    rest[:, :2, 2] = 0
+    wrong = (rest != torch.eye(3, dtype=rest.dtype)).flatten(1).any(dim=1)
+    if bool(wrong.any()):
+        first = intrinsics[int(wrong.nonzero()[0])]
+        raise ValueError(
+            "`intrinsics` must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels, without skew, got "
+            f"{first.tolist()} at {_which(wrong)}."
+        )
+
+
+def _which(flags: torch.Tensor) -> str:
+    indices = flags.nonzero().flatten().tolist()
+    more = ", ..." if len(indices) > 8 else ""
+    return f"indices [{', '.join(map(str, indices[:8]))}{more}]"
+
+
+def _check_extent(points: torch.Tensor) -> None:
+    extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
+    if extent > MAX_EXTENT_M:
+        raise ValueError(
+            f"A metric cloud may be at most {MAX_EXTENT_M:g} m wide, got {extent:.4g} m. Check the unit (millimetres?), drop "
+            "outliers, or pass `is_metric=False`."
+        )
+
+
+# ---- files ----
+
+
+def _safetensors_path(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"`path` must end in .safetensors, got {path}.")
+    return path
+
+
+def _check_version(header: dict, where: str) -> None:
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} must have `format_version` {FORMAT_VERSION}, got {version!r}. Write it again with this version of geode, "
+            "or update geode."
+        )
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    # Clones: the writer drops all but one of the tensors that share a storage.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    pattern = f"{path.stem}{{suffix}}.safetensors"
+    save_torch_state_dict(tensors, path.parent, filename_pattern=pattern, max_shard_size="1TB", metadata=metadata)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
