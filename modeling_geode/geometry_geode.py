@@ -597,29 +597,26 @@ def _neighbor_chunks(points: torch.Tensor, num_neighbors: int):
         yield rows, torch.from_numpy(neighbors).to(points.device)
 
 
-def farthest_point_indices(points: torch.Tensor, num_points: int, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+def farthest_point_indices(points: torch.Tensor, num_points: int) -> torch.Tensor:
     """
     Choose points one by one, each the farthest from those chosen before.
 
     Source: Eldar et al., "The farthest point strategy for progressive image sampling" (1997), on a finite set.
 
     Convention:
-        - The first is the valid point of lowest index, and ties go to the lowest index, so the choice is deterministic.
-          A cloud with fewer than `num_points` valid points repeats some of them.
+        - The first choice is point 0, and ties go to the lowest index, so the choice is deterministic.
 
     Args:
         points (`torch.Tensor` of shape `(..., num_points_in, 3)`):
             Clouds.
         num_points (`int`):
-            How many to choose.
-        mask (`torch.Tensor` of shape `(..., num_points_in)`, *optional*):
-            Valid points; others are never chosen.
+            How many to choose, at most `num_points_in`.
 
     Returns:
-        `torch.Tensor` of shape `(..., num_points)`: Indices, in the order of choice.
+        `torch.Tensor` of shape `(..., num_points)`: Distinct indices, in the order of choice.
 
     Raises:
-        ValueError: If a cloud has no valid point.
+        ValueError: If there are fewer points than to be chosen.
 
     Example:
         >>> import torch
@@ -629,25 +626,20 @@ def farthest_point_indices(points: torch.Tensor, num_points: int, *, mask: torch
         [0, 2, 3]
     """
     _check_shape("points", points, ("num_points", 3))
-    if mask is None:
-        mask = torch.ones(points.shape[:-1], dtype=torch.bool, device=points.device)
-    if points.shape[-2] == 0 or not bool(mask.any(dim=-1).all()):
-        raise ValueError(f"Every cloud needs at least one valid point, got `points` of shape {tuple(points.shape)}.")
+    if points.shape[-2] < num_points:
+        raise ValueError(f"`num_points` must be at most the {points.shape[-2]} points of `points`, got {num_points}.")
     points = points.detach()
-    # Masked points keep a distance of -1, which no maximum picks.
-    nearest = torch.where(mask, torch.inf, -1.0).to(points)
-    chosen = nearest.new_zeros((*points.shape[:-2], num_points), dtype=torch.long)
+    nearest = torch.full_like(points[..., 0], torch.inf)
+    chosen = torch.zeros(*points.shape[:-2], num_points, dtype=torch.long, device=points.device)
     for step in range(num_points):
-        index = _first_argmax(nearest)
+        # argmax() may return any of several maxima; the first True of a byte tensor is unique.
+        index = (nearest == nearest.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
         chosen[..., step] = index
         picked = points.gather(-2, index[..., None, None].expand(*index.shape, 1, 3))
         nearest = torch.minimum(nearest, ((points - picked) ** 2).sum(dim=-1))
+        # Below every distance, so that coincident points are not chosen twice.
+        nearest = nearest.scatter(-1, index[..., None], -1.0)
     return chosen
-
-
-def _first_argmax(values: torch.Tensor) -> torch.Tensor:
-    """Lowest index of the maximum: `argmax` may return any of several."""
-    return (values == values.max(dim=-1, keepdim=True).values).to(torch.uint8).argmax(dim=-1)
 
 
 def median_camera_distance(points: torch.Tensor, camera_centers: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import (
     load_state_dict_from_file,
@@ -28,13 +27,35 @@ from .geometry_geode import (
     encode_camera_poses,
     estimate_normals,
     evenly_spaced_indices,
-    median_camera_distance,
-    normals_from_depth,
-    rotation_aligning_to_z,
     transform_boxes,
     transform_points,
-    unproject_depth,
-    voxel_representatives,
+)
+from .scene_inputs_geode import (
+    MAX_INPUT_POINTS,
+    box_center,
+    check_cameras,
+    check_cloud,
+    check_count,
+    check_depth,
+    check_dtype,
+    check_extent,
+    check_rigid,
+    check_voxel_size,
+    coarser_voxels,
+    confident_pixels,
+    frame_cloud,
+    kind_of,
+    nominal_unit,
+    rigid_matrix,
+    sparse_points,
+    thin_cloud,
+    to_cameras,
+    to_colors,
+    to_images,
+    to_normals,
+    to_points,
+    to_tensor,
+    upright_rotation,
 )
 
 
@@ -42,16 +63,9 @@ FORMAT_VERSION = 1
 # Where metres come from: the input was metric, or the caller knew poses, depth, one length or the camera's height.
 SCALE_SOURCES = ("metric", "poses", "depth", "length", "camera_height", "unknown")
 GRAVITY_SOURCES = ("given", "assumed", "estimated")
-# A cloud of unknown scale is voxelised as if its cameras were, in the median, this far from its points.
-NOMINAL_DISTANCE_M = 2.5
 # The floor is this percentile of the points' heights: low enough to lie in the floor's points wherever it is seen, high
 # enough to ignore stray points below it.
 FLOOR_PERCENTILE = 1.0
-# Points whose confidence lies in this lowest part are dropped, as VGGT's authors suggest.
-DROPPED_CONFIDENCE_FRACTION = 0.2
-# Guards against wrong units and runaway memory; no room comes near them.
-MAX_INPUT_POINTS = 50_000_000
-MAX_EXTENT_M = 1000.0
 # The point encoder serialises voxel indices of at most 16 bits.
 MAX_GRID_CELLS = 2**16 - 1
 
@@ -122,11 +136,11 @@ class SceneGeometry:
 
     def __post_init__(self):
         for name in ("points", "colors", "normals", "world_from_cam", "intrinsics"):
-            _check_dtype(name, getattr(self, name), torch.float32)
-        _check_dtype("scene_from_dataset", self.scene_from_dataset, torch.float64)
-        _check_cloud(self.points, self.colors, self.normals)
-        _check_cameras(self.world_from_cam, self.intrinsics, self.image_size, self.timestamps_s)
-        _check_rigid("scene_from_dataset", self.scene_from_dataset[None])
+            check_dtype(name, getattr(self, name), torch.float32)
+        check_dtype("scene_from_dataset", self.scene_from_dataset, torch.float64)
+        check_cloud(self.points, self.colors, self.normals)
+        check_cameras(self.world_from_cam, self.intrinsics, self.image_size, self.timestamps_s)
+        check_rigid("scene_from_dataset", self.scene_from_dataset[None])
         if (self.scale_source == "unknown") == self.is_metric or self.scale_source not in SCALE_SOURCES:
             raise ValueError(
                 f"`scale_source` must be one of {SCALE_SOURCES}, 'unknown' exactly if the scene is not metric; got "
@@ -137,15 +151,15 @@ class SceneGeometry:
         if not (math.isfinite(self.metres_per_unit) and self.metres_per_unit > 0):
             raise ValueError(f"`metres_per_unit` must be positive, got {self.metres_per_unit}.")
         if self.is_metric:
-            _check_extent(self.points)
+            check_extent(self.points)
 
     @classmethod
     def from_rgbd(
         cls,
         depth,
         intrinsics,
-        *,
         world_from_cam,
+        *,
         images=None,
         up=None,
         is_metric: bool = True,
@@ -193,31 +207,31 @@ class SceneGeometry:
             TypeError: If `depth` is of integers (often millimetres) or `images` is not uint8.
             ValueError: If shapes disagree, no depth is valid, some depth is negative, or a camera is not valid.
         """
-        depth = _to_tensor("depth", depth)
-        _check_depth(depth, max_input_points)
-        poses, intrinsics, timestamps_s = _to_cameras(world_from_cam, intrinsics, timestamps_s)
+        depth = to_tensor("depth", depth)
+        check_depth(depth, max_input_points)
+        poses, intrinsics, timestamps_s = to_cameras(world_from_cam, intrinsics, timestamps_s)
         image_size = (depth.shape[1], depth.shape[2])
-        _check_cameras(poses, intrinsics, image_size, timestamps_s)
+        check_cameras(poses, intrinsics, image_size, timestamps_s)
         if len(poses) != len(depth):
             raise ValueError(
                 f"`depth` has {len(depth)} frames and `world_from_cam` has {len(poses)}; they must agree."
             )
-        images = _to_images(images, depth)
-        keep = _confident(depth_confidence, depth)
-        _check_voxel_size(voxel_size_m)
+        images = to_images(images, depth)
+        keep = confident_pixels(depth_confidence, depth)
+        check_voxel_size(voxel_size_m)
 
-        rotation, gravity = _upright_rotation(up, poses)
-        aligned_from_dataset = _rigid(rotation, -rotation @ poses[0, :3, 3])
+        rotation, gravity = upright_rotation(up, poses)
+        aligned_from_dataset = rigid_matrix(rotation, -rotation @ poses[0, :3, 3])
         aligned_from_cam = aligned_from_dataset @ poses
-        unit = 1.0 if is_metric else _nominal_unit(*_sparse_points(depth, keep, intrinsics, aligned_from_cam))
+        unit = 1.0 if is_metric else nominal_unit(*sparse_points(depth, keep, intrinsics, aligned_from_cam))
         clouds = [
-            _frame_cloud(
+            frame_cloud(
                 depth[i], keep[i], None if images is None else images[i], intrinsics[i], pose, voxel_size_m * unit
             )
             for i, pose in enumerate(aligned_from_cam)
         ]
         cloud = [torch.cat(parts) for parts in zip(*clouds, strict=True)]
-        cloud = _thin_cloud(cloud, voxel_size_m * unit, max_points)
+        cloud = thin_cloud(cloud, voxel_size_m * unit, max_points)
         return _place_on_floor(
             cloud,
             aligned_from_dataset,
@@ -284,23 +298,23 @@ class SceneGeometry:
         Raises:
             ValueError: If the cloud is empty or not finite, shapes disagree, or a camera is not valid.
         """
-        points = _to_points("points", points)
-        _check_count(len(points), max_input_points)
-        poses, intrinsics, timestamps_s = _to_cameras(world_from_cam, intrinsics, timestamps_s)
-        _check_cameras(poses, intrinsics, image_size, timestamps_s)
-        colors = _to_colors(colors, points)
+        points = to_points("points", points)
+        check_count(len(points), max_input_points)
+        poses, intrinsics, timestamps_s = to_cameras(world_from_cam, intrinsics, timestamps_s)
+        check_cameras(poses, intrinsics, image_size, timestamps_s)
+        colors = to_colors(colors, points)
         if voxel_size_m is not None:
-            _check_voxel_size(voxel_size_m)
+            check_voxel_size(voxel_size_m)
 
-        rotation, gravity = _upright_rotation(up, poses)
+        rotation, gravity = upright_rotation(up, poses)
         points = points @ rotation.T
-        anchor = rotation @ poses[0, :3, 3] if len(poses) else _box_center(points)
+        anchor = rotation @ poses[0, :3, 3] if len(poses) else box_center(points)
         points = points - anchor
-        aligned_from_dataset = _rigid(rotation, -anchor)
-        cloud = [points, colors] if normals is None else [points, colors, _to_normals(normals, points) @ rotation.T]
+        aligned_from_dataset = rigid_matrix(rotation, -anchor)
+        cloud = [points, colors] if normals is None else [points, colors, to_normals(normals, points) @ rotation.T]
         centers = transform_points(aligned_from_dataset, poses[:, :3, 3])
-        unit = 1.0 if is_metric or voxel_size_m is None else _nominal_unit(points, centers)
-        cloud = _thin_cloud(cloud, None if voxel_size_m is None else voxel_size_m * unit, max_points)
+        unit = 1.0 if is_metric or voxel_size_m is None else nominal_unit(points, centers)
+        cloud = thin_cloud(cloud, None if voxel_size_m is None else voxel_size_m * unit, max_points)
         if normals is None:
             cloud.append(estimate_normals(cloud[0], camera_centers=centers))
         return _place_on_floor(
@@ -338,7 +352,7 @@ class SceneGeometry:
         Raises:
             ValueError: If the scene's +z is not the input's +z, to within 0.5 degrees.
         """
-        boxes = transform_boxes(_to_tensor("boxes", boxes).double(), self.scene_from_dataset)
+        boxes = transform_boxes(to_tensor("boxes", boxes).double(), self.scene_from_dataset)
         return torch.cat([boxes[..., :6] * self.metres_per_unit, boxes[..., 6:]], dim=-1).float()
 
     def with_scale(self, metres_per_unit: float, source: str) -> "SceneGeometry":
@@ -434,7 +448,7 @@ class SceneGeometry:
                 raise ValueError(f"`{name}` must be at least 1, got {count}.")
         points, world_from_cam = self.points, self.world_from_cam
         if not self.is_metric:
-            points, world_from_cam = self._scaled(1 / _nominal_unit(points, world_from_cam[:, :3, 3]))
+            points, world_from_cam = self._scaled(1 / nominal_unit(points, world_from_cam[:, :3, 3]))
         extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
         if extent > MAX_GRID_CELLS * grid_size:
             raise ValueError(
@@ -443,9 +457,9 @@ class SceneGeometry:
             )
         cloud = prepare_point_cloud(points, self.colors * 255, self.normals, grid_size)
         # The encoder's coordinates are centred on the bounding box, with the lowest point at 0.
-        shift = _box_center(points)
+        shift = box_center(points)
         shift[2] = points[:, 2].min()
-        rows = _coarser_voxels(cloud["grid_coord"], max_points)
+        rows = coarser_voxels(cloud["grid_coord"], max_points)
         cameras = evenly_spaced_indices(self.num_cameras, num_cameras or self.num_cameras)
         if cameras:
             poses = encode_camera_poses(world_from_cam[cameras], self.intrinsics[cameras], self.image_size)
@@ -557,7 +571,7 @@ class SceneEncoding:
         for name, dims in (("visual_tokens", 3), ("rationale_tokens", 2)):
             value = getattr(self, name)
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                raise TypeError(f"`{name}` must be a floating-point tensor, got {_kind(value)}.")
+                raise TypeError(f"`{name}` must be a floating-point tensor, got {kind_of(value)}.")
             if value.dim() != dims:
                 raise ValueError(f"`{name}` must have {dims} dimensions, got shape {tuple(value.shape)}.")
             if not bool(torch.isfinite(value).all()):
@@ -696,114 +710,6 @@ def collate_scenes(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, to
     return batch
 
 
-# ---- from an input's frame to the scene frame ----
-
-
-def _rigid(rotation: torch.Tensor, translation: torch.Tensor) -> torch.Tensor:
-    matrix = torch.eye(4, dtype=rotation.dtype)
-    matrix[:3, :3] = rotation
-    matrix[:3, 3] = translation
-    return matrix
-
-
-def _upright_rotation(up, poses: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """The smallest rotation that takes up to +z, and where up comes from."""
-    if up is not None:
-        up = _to_tensor("up", up).double()
-        if tuple(up.shape) != (3,):
-            raise ValueError(f"`up` must be one direction of 3 numbers, got shape {tuple(up.shape)}.")
-        return rotation_aligning_to_z(up), "given"
-    if len(poses):
-        return rotation_aligning_to_z(-poses[0, :3, 1]), "assumed"
-    return torch.eye(3, dtype=torch.float64), "assumed"
-
-
-def _box_center(points: torch.Tensor) -> torch.Tensor:
-    return (points.min(dim=0).values + points.max(dim=0).values) / 2
-
-
-def _nominal_unit(points: torch.Tensor, centers: torch.Tensor) -> float:
-    """Length in the cloud's unit that stands for a nominal metre; without cameras, one in the cloud's middle is assumed."""
-    if not len(centers):
-        centers = _box_center(points)[None]
-    distance = float(median_camera_distance(points, centers))
-    if distance == 0:
-        raise ValueError(
-            "A cloud of unknown scale needs points away from its cameras, but the median distance between them is 0."
-        )
-    return distance / NOMINAL_DISTANCE_M
-
-
-def _sparse_points(depth, keep, intrinsics, aligned_from_cam) -> tuple[torch.Tensor, torch.Tensor]:
-    """A thinned cloud and the camera centres, enough for the median distance between them."""
-    stride = max(1, math.isqrt(depth.numel() // 65_536))
-    clouds = []
-    for i, pose in enumerate(aligned_from_cam):
-        z = _valid_depth(depth[i], keep[i])
-        points = unproject_depth(z, intrinsics[i])[::stride, ::stride].reshape(-1, 3)
-        clouds.append(transform_points(pose, points[points[:, 2] > 0]))
-    points = torch.cat(clouds)
-    if not len(points):
-        raise ValueError("`depth` must have valid values all over the frames, got too few of them to see their scale.")
-    return points, aligned_from_cam[:, :3, 3]
-
-
-def _valid_depth(depth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    depth = depth.double()
-    return torch.where(torch.isfinite(depth) & keep, depth, 0.0)
-
-
-def _frame_cloud(depth, keep, image, intrinsics, aligned_from_cam, voxel_size: float) -> list[torch.Tensor]:
-    """Points, colours and normals of one frame, one per voxel."""
-    z = _valid_depth(depth, keep)
-    valid = z > 0
-    if not bool(valid.any()):
-        return [torch.zeros(0, 3, dtype=torch.float64) for _ in range(3)]
-    # Pixels two voxels apart: nearer ones would differ more by the sensor's noise than by the surface.
-    step = round(2 * voxel_size * float(intrinsics[0, 0]) / float(z[valid].median()))
-    normals = normals_from_depth(z, intrinsics, step=min(max(step, 1), max(1, min(z.shape) // 8)))[valid]
-    points_cam = unproject_depth(z, intrinsics)[valid]
-    # A pixel without neighbours has no normal of its own; it is taken to face the camera.
-    facing = -points_cam / torch.linalg.vector_norm(points_cam, dim=1, keepdim=True)
-    normals = torch.where((normals == 0).all(dim=1, keepdim=True), facing, normals) @ aligned_from_cam[:3, :3].T
-    points = transform_points(aligned_from_cam, points_cam)
-    colors = torch.zeros_like(points) if image is None else image[valid].double() / 255
-    rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
-    return [points[rows], colors[rows], normals[rows]]
-
-
-def _thin_cloud(cloud: list[torch.Tensor], voxel_size: float | None, max_points: int | None) -> list[torch.Tensor]:
-    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left."""
-    if max_points is not None and max_points < 1:
-        raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
-    points = cloud[0]
-    if voxel_size is not None:
-        rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
-        cloud = [values[rows] for values in cloud]
-        points = cloud[0]
-    if max_points is None or len(points) <= max_points:
-        return cloud
-    origin = points.min(dim=0).values
-    if voxel_size is None:
-        voxel_size = float((points - origin).max()) / math.sqrt(len(points)) or 1.0
-    rows = range(len(points))
-    while len(rows) > max_points:
-        # The count of occupied voxels on surfaces falls with the square of their edge.
-        voxel_size *= max(1.05, math.sqrt(len(rows) / max_points))
-        rows = voxel_representatives(points, voxel_size, origin=origin)
-    return [values[rows] for values in cloud]
-
-
-def _coarser_voxels(grid_coords: torch.Tensor, max_points: int | None) -> torch.Tensor:
-    """Rows to keep so that at most `max_points` are left."""
-    rows = torch.arange(len(grid_coords))
-    factor = 1
-    while max_points is not None and len(rows) > max_points:
-        factor = max(factor + 1, math.floor(factor * math.sqrt(len(rows) / max_points)))
-        rows = voxel_representatives(grid_coords.double() + 0.5, factor, origin=torch.zeros(3, dtype=torch.float64))
-    return rows
-
-
 def _place_on_floor(
     cloud: list[torch.Tensor], aligned_from_dataset: torch.Tensor, poses: torch.Tensor, *, is_metric: bool, **fields
 ) -> SceneGeometry:
@@ -825,244 +731,6 @@ def _place_on_floor(
         scene_from_dataset=scene_from_dataset,
         **fields,
     )
-
-
-# ---- reading and checking inputs ----
-
-
-def _kind(value) -> str:
-    return str(value.dtype) if isinstance(value, (torch.Tensor, np.ndarray)) else type(value).__name__
-
-
-def _to_tensor(name: str, value) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, (np.ndarray, list, tuple)):
-        # A copy: torch warns about arrays that it may not write to, such as those of a memory-mapped file.
-        return torch.tensor(np.asarray(value))
-    raise TypeError(f"`{name}` must be an array or a tensor, got {_kind(value)}.")
-
-
-def _to_points(name: str, value) -> torch.Tensor:
-    points = _to_tensor(name, value).double()
-    if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
-        raise ValueError(
-            f"`{name}` must have shape (num_points, 3) with at least one point, got {tuple(points.shape)}."
-        )
-    _check_finite(name, points)
-    return points
-
-
-def _to_colors(colors, points: torch.Tensor) -> torch.Tensor:
-    if colors is None:
-        return torch.zeros_like(points)
-    colors = _to_tensor("colors", colors)
-    _check_same_shape("colors", colors, points)
-    if colors.dtype == torch.uint8:
-        return colors.double() / 255
-    if not colors.is_floating_point():
-        raise TypeError(f"`colors` must be uint8, or floating point in [0, 1], got {colors.dtype}.")
-    return colors.double()
-
-
-def _to_normals(normals, points: torch.Tensor) -> torch.Tensor:
-    normals = _to_tensor("normals", normals).double()
-    _check_same_shape("normals", normals, points)
-    _check_finite("normals", normals)
-    length = torch.linalg.vector_norm(normals, dim=1, keepdim=True)
-    if bool((length == 0).any()):
-        raise ValueError(
-            f"`normals` must have positive length, got {int((length == 0).sum())} zeros of {len(normals)}. Leave `normals` "
-            "out to have them estimated."
-        )
-    return normals / length
-
-
-def _to_cameras(world_from_cam, intrinsics, timestamps_s) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    if (world_from_cam is None) != (intrinsics is None):
-        missing = "world_from_cam" if world_from_cam is None else "intrinsics"
-        raise ValueError(f"Cameras need both `world_from_cam` and `intrinsics`, got no `{missing}`.")
-    if world_from_cam is None:
-        world_from_cam, intrinsics = torch.zeros(0, 4, 4), torch.zeros(0, 3, 3)
-    if timestamps_s is not None:
-        timestamps_s = _to_tensor("timestamps_s", timestamps_s).double()
-    poses, intrinsics = _to_tensor("world_from_cam", world_from_cam), _to_tensor("intrinsics", intrinsics)
-    return poses.double(), intrinsics.double(), timestamps_s
-
-
-def _to_images(images, depth: torch.Tensor) -> torch.Tensor | None:
-    if images is None:
-        return None
-    images = _to_tensor("images", images)
-    if images.dtype != torch.uint8:
-        raise TypeError(f"`images` must be uint8 in 0..255, got {images.dtype}.")
-    if tuple(images.shape) != (*depth.shape, 3):
-        raise ValueError(
-            f"`images` must have shape {(*depth.shape, 3)} to match `depth`, got {tuple(images.shape)}. Resize them to the "
-            "depth, or the depth (nearest neighbour) and its `intrinsics` (`resize_intrinsics`) to them."
-        )
-    return images
-
-
-def _confident(depth_confidence, depth: torch.Tensor) -> torch.Tensor:
-    """Pixels to use: those of positive depth, without the lowest fifth in confidence."""
-    valid = torch.isfinite(depth) & (depth > 0)
-    if not bool(valid.any()):
-        raise ValueError(f"`depth` must have valid values, got none above 0 in {depth.numel()} pixels.")
-    if depth_confidence is None:
-        return valid
-    confidence = _to_tensor("depth_confidence", depth_confidence)
-    _check_same_shape("depth_confidence", confidence, depth)
-    _check_finite("depth_confidence", confidence[valid])
-    rank = max(1, math.floor(DROPPED_CONFIDENCE_FRACTION * int(valid.sum())))
-    return valid & (confidence >= confidence[valid].kthvalue(rank).values)
-
-
-def _check_same_shape(name: str, value: torch.Tensor, other: torch.Tensor) -> None:
-    if value.shape != other.shape:
-        raise ValueError(f"`{name}` must have shape {tuple(other.shape)}, got {tuple(value.shape)}.")
-
-
-def _check_finite(name: str, value: torch.Tensor) -> None:
-    bad = int((~torch.isfinite(value)).sum())
-    if bad:
-        raise ValueError(
-            f"`{name}` must be finite, got {bad} NaN or infinite values of {value.numel()}. Drop them first."
-        )
-
-
-def _check_dtype(name: str, value, dtype: torch.dtype) -> None:
-    if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.device.type != "cpu":
-        raise TypeError(
-            f"`{name}` must be a {dtype} tensor on the CPU, got {_kind(value)}. `SceneGeometry.from_point_cloud` and "
-            "`SceneGeometry.from_rgbd` convert arrays."
-        )
-
-
-def _check_count(count: int, max_input_points: int) -> None:
-    if count > max_input_points:
-        raise ValueError(
-            f"At most `max_input_points`={max_input_points:,} points are taken, got {count:,}. Use fewer frames or thin the "
-            "cloud, or raise the limit if the memory allows."
-        )
-
-
-def _check_voxel_size(voxel_size_m: float) -> None:
-    if not (math.isfinite(voxel_size_m) and voxel_size_m > 0):
-        raise ValueError(f"`voxel_size_m` must be positive, got {voxel_size_m}.")
-
-
-def _check_depth(depth: torch.Tensor, max_input_points: int) -> None:
-    if not depth.is_floating_point():
-        raise TypeError(
-            f"`depth` must be floating point, got {depth.dtype}. Sensors store millimetres as integers: divide by 1000."
-        )
-    if depth.dim() != 3 or 0 in depth.shape:
-        raise ValueError(
-            f"`depth` must have shape (num_frames, height, width), none of them 0, got {tuple(depth.shape)}."
-        )
-    _check_count(depth.numel(), max_input_points)
-    if bool((depth < 0).any()):
-        raise ValueError(
-            f"`depth` must not be negative, got a minimum of {float(depth[depth < 0].min()):.4g}. Mark invalid pixels with 0; "
-            "cameras look along +z."
-        )
-
-
-def _check_cloud(points: torch.Tensor, colors: torch.Tensor, normals: torch.Tensor) -> None:
-    if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
-        raise ValueError(
-            f"`points` must have shape (num_points, 3) with at least one point, got {tuple(points.shape)}."
-        )
-    for name, value in (("points", points), ("colors", colors), ("normals", normals)):
-        _check_same_shape(name, value, points)
-        _check_finite(name, value)
-    low, high = float(colors.min()), float(colors.max())
-    if low < 0 or high > 1:
-        raise ValueError(f"`colors` must lie in [0, 1], got {low:.4g} to {high:.4g}. Give 0..255 as uint8.")
-    error = float((torch.linalg.vector_norm(normals, dim=1) - 1).abs().max())
-    if error > 1e-3:
-        raise ValueError(f"`normals` must have unit length, got one that is {error:.4g} off.")
-
-
-def _check_cameras(world_from_cam, intrinsics, image_size, timestamps_s) -> None:
-    count = len(world_from_cam) if world_from_cam.dim() else 0
-    if tuple(world_from_cam.shape) != (count, 4, 4):
-        raise ValueError(f"`world_from_cam` must have shape (num_cameras, 4, 4), got {tuple(world_from_cam.shape)}.")
-    if tuple(intrinsics.shape) != (count, 3, 3):
-        raise ValueError(
-            f"`intrinsics` must have shape {(count, 3, 3)} to match the {count} poses of `world_from_cam`, got "
-            f"{tuple(intrinsics.shape)}. To share one camera across frames, expand it first."
-        )
-    if timestamps_s is not None:
-        _check_dtype("timestamps_s", timestamps_s, torch.float64)
-        if tuple(timestamps_s.shape) != (count,):
-            raise ValueError(f"`timestamps_s` must have shape {(count,)}, got {tuple(timestamps_s.shape)}.")
-        _check_finite("timestamps_s", timestamps_s)
-    if not count:
-        return
-    sizes_fit = isinstance(image_size, tuple) and len(image_size) == 2
-    if not sizes_fit or not all(isinstance(side, int) and side > 0 for side in image_size):
-        raise ValueError(f"`image_size` must be (height, width) in whole pixels with cameras, got {image_size!r}.")
-    _check_rigid("world_from_cam", world_from_cam)
-    _check_intrinsics(intrinsics)
-
-
-def _check_rigid(name: str, matrices: torch.Tensor) -> None:
-    if tuple(matrices.shape[1:]) != (4, 4):
-        raise ValueError(f"`{name}` must be made of 4x4 matrices, got shape {tuple(matrices.shape[1:])}.")
-    finite = torch.isfinite(matrices).flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        raise ValueError(
-            f"`{name}` must be finite, but is not at {_which(~finite)}. Leave out frames that lost tracking."
-        )
-    rotation = matrices[:, :3, :3].double()
-    error = (rotation @ rotation.transpose(1, 2) - torch.eye(3, dtype=torch.float64)).abs().amax(dim=(1, 2))
-    determinant = torch.linalg.det(rotation)
-    # Poses written with four decimals are within 1e-3.
-    if bool((error > 1e-3).any()) or bool((determinant < 0).any()):
-        raise ValueError(
-            f"`{name}` must hold rotations (orthonormal, determinant 1), got an error of {float(error.max()):.3g} and a least "
-            f"determinant of {float(determinant.min()):.3g} at {_which((error > 1e-3) | (determinant < 0))}."
-        )
-    bottom = matrices[:, 3] != torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=matrices.dtype)
-    if bool(bottom.any()):
-        raise ValueError(f"`{name}` must have the last row (0, 0, 0, 1), but has not at {_which(bottom.any(dim=1))}.")
-
-
-def _check_intrinsics(intrinsics: torch.Tensor) -> None:
-    _check_finite("intrinsics", intrinsics)
-    focal = torch.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], dim=1)
-    if bool((focal <= 0).any()):
-        raise ValueError(f"`intrinsics` must have positive focal lengths, got {float(focal.min()):.4g}.")
-    rest = intrinsics.clone()
-    rest[:, 0, 0] = rest[:, 1, 1] = 1
-    rest[:, :2, 2] = 0
-    wrong = (rest != torch.eye(3, dtype=rest.dtype)).flatten(1).any(dim=1)
-    if bool(wrong.any()):
-        first = intrinsics[int(wrong.nonzero()[0])]
-        raise ValueError(
-            "`intrinsics` must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels, without skew, got "
-            f"{first.tolist()} at {_which(wrong)}."
-        )
-
-
-def _which(flags: torch.Tensor) -> str:
-    indices = flags.nonzero().flatten().tolist()
-    more = ", ..." if len(indices) > 8 else ""
-    return f"indices [{', '.join(map(str, indices[:8]))}{more}]"
-
-
-def _check_extent(points: torch.Tensor) -> None:
-    extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
-    if extent > MAX_EXTENT_M:
-        raise ValueError(
-            f"A metric cloud may be at most {MAX_EXTENT_M:g} m wide, got {extent:.4g} m. Check the unit (millimetres?), drop "
-            "outliers, or pass `is_metric=False`."
-        )
-
-
-# ---- files ----
 
 
 def _safetensors_path(path: str | os.PathLike) -> Path:

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What [`SceneGeometry`] is built from: reading, checking and thinning of inputs. Not a public interface.
+
+Each `to_` function turns an array into a CPU tensor, in float64 where it is geometry. Each `check_` function raises with
+the values that are wrong. A `cloud` is a list of points, colours and, where known, normals.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from .geometry_geode import (
+    median_camera_distance,
+    normals_from_depth,
+    rotation_aligning_to_z,
+    transform_points,
+    unproject_depth,
+    voxel_representatives,
+)
+
+
+# A cloud of unknown scale is voxelised as if its cameras were, in the median, this far from its points.
+NOMINAL_DISTANCE_M = 2.5
+# Points whose confidence lies in this lowest part are dropped, as VGGT's authors suggest.
+DROPPED_CONFIDENCE_FRACTION = 0.2
+# Guards against wrong units and runaway memory; no room comes near them.
+MAX_INPUT_POINTS = 50_000_000
+MAX_EXTENT_M = 1000.0
+
+
+def kind_of(value) -> str:
+    """Dtype of an array, or the type of anything else, for messages."""
+    return str(value.dtype) if isinstance(value, (torch.Tensor, np.ndarray)) else type(value).__name__
+
+
+def to_tensor(name: str, value) -> torch.Tensor:
+    """A CPU tensor of the same dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, (np.ndarray, list, tuple)):
+        # A copy: torch warns about arrays that it may not write to, such as those of a memory-mapped file.
+        return torch.tensor(np.asarray(value))
+    raise TypeError(f"`{name}` must be an array or a tensor, got {kind_of(value)}.")
+
+
+def to_points(name: str, value) -> torch.Tensor:
+    """Finite points, `(num_points, 3)`, float64."""
+    points = to_tensor(name, value).double()
+    if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
+        raise ValueError(
+            f"`{name}` must have shape (num_points, 3) with at least one point, got {tuple(points.shape)}."
+        )
+    check_finite(name, points)
+    return points
+
+
+def to_colors(colors, points: torch.Tensor) -> torch.Tensor:
+    """Colours in [0, 1], float64; zeros for `None`."""
+    if colors is None:
+        return torch.zeros_like(points)
+    colors = to_tensor("colors", colors)
+    check_same_shape("colors", colors, points)
+    if colors.dtype == torch.uint8:
+        return colors.double() / 255
+    if not colors.is_floating_point():
+        raise TypeError(f"`colors` must be uint8, or floating point in [0, 1], got {colors.dtype}.")
+    return colors.double()
+
+
+def to_normals(normals, points: torch.Tensor) -> torch.Tensor:
+    """Unit normals, float64."""
+    normals = to_tensor("normals", normals).double()
+    check_same_shape("normals", normals, points)
+    check_finite("normals", normals)
+    length = torch.linalg.vector_norm(normals, dim=1, keepdim=True)
+    if bool((length == 0).any()):
+        raise ValueError(
+            f"`normals` must have positive length, got {int((length == 0).sum())} zeros of {len(normals)}. Leave `normals` "
+            "out to have them estimated."
+        )
+    return normals / length
+
+
+def to_cameras(world_from_cam, intrinsics, timestamps_s) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Poses, intrinsics and times, float64; no cameras for `None`."""
+    if (world_from_cam is None) != (intrinsics is None):
+        missing = "world_from_cam" if world_from_cam is None else "intrinsics"
+        raise ValueError(f"Cameras need both `world_from_cam` and `intrinsics`, got no `{missing}`.")
+    if world_from_cam is None:
+        world_from_cam, intrinsics = torch.zeros(0, 4, 4), torch.zeros(0, 3, 3)
+    if timestamps_s is not None:
+        timestamps_s = to_tensor("timestamps_s", timestamps_s).double()
+    poses, intrinsics = to_tensor("world_from_cam", world_from_cam), to_tensor("intrinsics", intrinsics)
+    return poses.double(), intrinsics.double(), timestamps_s
+
+
+def to_images(images, depth: torch.Tensor) -> torch.Tensor | None:
+    """Images, uint8, of the size of the depth."""
+    if images is None:
+        return None
+    images = to_tensor("images", images)
+    if images.dtype != torch.uint8:
+        raise TypeError(f"`images` must be uint8 in 0..255, got {images.dtype}.")
+    if tuple(images.shape) != (*depth.shape, 3):
+        raise ValueError(
+            f"`images` must have shape {(*depth.shape, 3)} to match `depth`, got {tuple(images.shape)}. Resize them to the "
+            "depth, or the depth (nearest neighbour) and its `intrinsics` (`resize_intrinsics`) to them."
+        )
+    return images
+
+
+def confident_pixels(depth_confidence, depth: torch.Tensor) -> torch.Tensor:
+    """Pixels to use: those of positive depth, without the lowest fifth in confidence."""
+    valid = torch.isfinite(depth) & (depth > 0)
+    if not bool(valid.any()):
+        raise ValueError(f"`depth` must have valid values, got none above 0 in {depth.numel()} pixels.")
+    if depth_confidence is None:
+        return valid
+    confidence = to_tensor("depth_confidence", depth_confidence)
+    check_same_shape("depth_confidence", confidence, depth)
+    check_finite("depth_confidence", confidence[valid])
+    rank = math.floor(DROPPED_CONFIDENCE_FRACTION * int(valid.sum())) + 1
+    return valid & (confidence >= confidence[valid].kthvalue(rank).values)
+
+
+def check_same_shape(name: str, value: torch.Tensor, other: torch.Tensor) -> None:
+    """Raise unless the shapes agree."""
+    if value.shape != other.shape:
+        raise ValueError(f"`{name}` must have shape {tuple(other.shape)}, got {tuple(value.shape)}.")
+
+
+def check_finite(name: str, value: torch.Tensor) -> None:
+    """Raise if there are NaN or infinite values."""
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise ValueError(
+            f"`{name}` must be finite, got {bad} NaN or infinite values of {value.numel()}. Drop them first."
+        )
+
+
+def check_dtype(name: str, value, dtype: torch.dtype) -> None:
+    """Raise unless the value is a CPU tensor of that dtype."""
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.device.type != "cpu":
+        raise TypeError(
+            f"`{name}` must be a {dtype} tensor on the CPU, got {kind_of(value)}. `SceneGeometry.from_point_cloud` and "
+            "`SceneGeometry.from_rgbd` convert arrays."
+        )
+
+
+def check_count(count: int, max_input_points: int) -> None:
+    """Raise if there are more points than memory is planned for."""
+    if count > max_input_points:
+        raise ValueError(
+            f"At most `max_input_points`={max_input_points:,} points are taken, got {count:,}. Use fewer frames or thin the "
+            "cloud, or raise the limit if the memory allows."
+        )
+
+
+def check_voxel_size(voxel_size_m: float) -> None:
+    """Raise unless the voxel size is positive."""
+    if not (math.isfinite(voxel_size_m) and voxel_size_m > 0):
+        raise ValueError(f"`voxel_size_m` must be positive, got {voxel_size_m}.")
+
+
+def check_depth(depth: torch.Tensor, max_input_points: int) -> None:
+    """Raise unless depth is a stack of floating-point maps without negative values."""
+    if not depth.is_floating_point():
+        raise TypeError(
+            f"`depth` must be floating point, got {depth.dtype}. Sensors store millimetres as integers: divide by 1000."
+        )
+    if depth.dim() != 3 or 0 in depth.shape:
+        raise ValueError(
+            f"`depth` must have shape (num_frames, height, width), none of them 0, got {tuple(depth.shape)}."
+        )
+    check_count(depth.numel(), max_input_points)
+    if bool((depth < 0).any()):
+        raise ValueError(
+            f"`depth` must not be negative, got a minimum of {float(depth[depth < 0].min()):.4g}. Mark invalid pixels with 0; "
+            "cameras look along +z."
+        )
+
+
+def check_cloud(points: torch.Tensor, colors: torch.Tensor, normals: torch.Tensor) -> None:
+    """Raise unless points, colours and normals fit together and are valid."""
+    if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
+        raise ValueError(
+            f"`points` must have shape (num_points, 3) with at least one point, got {tuple(points.shape)}."
+        )
+    for name, value in (("points", points), ("colors", colors), ("normals", normals)):
+        check_same_shape(name, value, points)
+        check_finite(name, value)
+    low, high = float(colors.min()), float(colors.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"`colors` must lie in [0, 1], got {low:.4g} to {high:.4g}. Give 0..255 as uint8.")
+    error = float((torch.linalg.vector_norm(normals, dim=1) - 1).abs().max())
+    if error > 1e-3:
+        raise ValueError(f"`normals` must have unit length, got one that is {error:.4g} off.")
+
+
+def check_cameras(world_from_cam, intrinsics, image_size, timestamps_s) -> None:
+    """Raise unless poses, intrinsics, image size and times fit together and are valid."""
+    count = len(world_from_cam) if world_from_cam.dim() else 0
+    if tuple(world_from_cam.shape) != (count, 4, 4):
+        raise ValueError(f"`world_from_cam` must have shape (num_cameras, 4, 4), got {tuple(world_from_cam.shape)}.")
+    if tuple(intrinsics.shape) != (count, 3, 3):
+        raise ValueError(
+            f"`intrinsics` must have shape {(count, 3, 3)} to match the {count} poses of `world_from_cam`, got "
+            f"{tuple(intrinsics.shape)}. To share one camera across frames, expand it first."
+        )
+    if timestamps_s is not None:
+        check_dtype("timestamps_s", timestamps_s, torch.float64)
+        if tuple(timestamps_s.shape) != (count,):
+            raise ValueError(f"`timestamps_s` must have shape {(count,)}, got {tuple(timestamps_s.shape)}.")
+        check_finite("timestamps_s", timestamps_s)
+    if not count:
+        return
+    sizes_fit = isinstance(image_size, tuple) and len(image_size) == 2
+    if not sizes_fit or not all(isinstance(side, int) and side > 0 for side in image_size):
+        raise ValueError(f"`image_size` must be (height, width) in whole pixels with cameras, got {image_size!r}.")
+    check_rigid("world_from_cam", world_from_cam)
+    check_intrinsics(intrinsics)
+
+
+def check_rigid(name: str, matrices: torch.Tensor) -> None:
+    """Raise unless every matrix is a rotation and a translation."""
+    if tuple(matrices.shape[1:]) != (4, 4):
+        raise ValueError(f"`{name}` must be made of 4x4 matrices, got shape {tuple(matrices.shape[1:])}.")
+    finite = torch.isfinite(matrices).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"`{name}` must be finite, but is not at {_which(~finite)}. Leave out frames that lost tracking."
+        )
+    rotation = matrices[:, :3, :3].double()
+    error = (rotation @ rotation.transpose(1, 2) - torch.eye(3, dtype=torch.float64)).abs().amax(dim=(1, 2))
+    determinant = torch.linalg.det(rotation)
+    # Poses written with four decimals are within 1e-3.
+    if bool((error > 1e-3).any()) or bool((determinant < 0).any()):
+        raise ValueError(
+            f"`{name}` must hold rotations (orthonormal, determinant 1), got an error of {float(error.max()):.3g} and a least "
+            f"determinant of {float(determinant.min()):.3g} at {_which((error > 1e-3) | (determinant < 0))}."
+        )
+    bottom = matrices[:, 3] != torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=matrices.dtype)
+    if bool(bottom.any()):
+        raise ValueError(f"`{name}` must have the last row (0, 0, 0, 1), but has not at {_which(bottom.any(dim=1))}.")
+
+
+def check_intrinsics(intrinsics: torch.Tensor) -> None:
+    """Raise unless every matrix is a pinhole without skew."""
+    check_finite("intrinsics", intrinsics)
+    focal = torch.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], dim=1)
+    if bool((focal <= 0).any()):
+        raise ValueError(f"`intrinsics` must have positive focal lengths, got {float(focal.min()):.4g}.")
+    rest = intrinsics.clone()
+    rest[:, 0, 0] = rest[:, 1, 1] = 1
+    rest[:, :2, 2] = 0
+    wrong = (rest != torch.eye(3, dtype=rest.dtype)).flatten(1).any(dim=1)
+    if bool(wrong.any()):
+        first = intrinsics[int(wrong.nonzero()[0])]
+        raise ValueError(
+            "`intrinsics` must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels, without skew, got "
+            f"{first.tolist()} at {_which(wrong)}."
+        )
+
+
+def _which(flags: torch.Tensor) -> str:
+    indices = flags.nonzero().flatten().tolist()
+    more = ", ..." if len(indices) > 8 else ""
+    return f"indices [{', '.join(map(str, indices[:8]))}{more}]"
+
+
+def check_extent(points: torch.Tensor) -> None:
+    """Raise if a metric cloud is wider than any scene."""
+    extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
+    if extent > MAX_EXTENT_M:
+        raise ValueError(
+            f"A metric cloud may be at most {MAX_EXTENT_M:g} m wide, got {extent:.4g} m. Check the unit (millimetres?), drop "
+            "outliers, or pass `is_metric=False`."
+        )
+
+
+def rigid_matrix(rotation: torch.Tensor, translation: torch.Tensor) -> torch.Tensor:
+    """A rigid map, `(4, 4)`."""
+    matrix = torch.eye(4, dtype=rotation.dtype)
+    matrix[:3, :3] = rotation
+    matrix[:3, 3] = translation
+    return matrix
+
+
+def upright_rotation(up, poses: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """The smallest rotation that takes up to +z, and where up comes from."""
+    if up is not None:
+        up = to_tensor("up", up).double()
+        if tuple(up.shape) != (3,):
+            raise ValueError(f"`up` must be one direction of 3 numbers, got shape {tuple(up.shape)}.")
+        return rotation_aligning_to_z(up), "given"
+    if len(poses):
+        return rotation_aligning_to_z(-poses[0, :3, 1]), "assumed"
+    return torch.eye(3, dtype=torch.float64), "assumed"
+
+
+def box_center(points: torch.Tensor) -> torch.Tensor:
+    """Centre of the axis-aligned bounding box."""
+    return (points.min(dim=0).values + points.max(dim=0).values) / 2
+
+
+def nominal_unit(points: torch.Tensor, centers: torch.Tensor) -> float:
+    """Length in the cloud's unit that stands for a nominal metre; without cameras, one in the cloud's middle is assumed."""
+    if not len(centers):
+        centers = box_center(points)[None]
+    distance = float(median_camera_distance(points, centers))
+    if distance == 0:
+        raise ValueError(
+            "A cloud of unknown scale needs points away from its cameras, but the median distance between them is 0."
+        )
+    return distance / NOMINAL_DISTANCE_M
+
+
+def sparse_points(depth, keep, intrinsics, aligned_from_cam) -> tuple[torch.Tensor, torch.Tensor]:
+    """A thinned cloud and the camera centres, enough for the median distance between them."""
+    stride = max(1, depth.numel() // 65_536)
+    clouds = []
+    for i, pose in enumerate(aligned_from_cam):
+        points = unproject_depth(_valid_depth(depth[i], keep[i]), intrinsics[i]).flatten(0, 1)
+        clouds.append(transform_points(pose, points[points[:, 2] > 0][::stride]))
+    return torch.cat(clouds), aligned_from_cam[:, :3, 3]
+
+
+def _valid_depth(depth: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    depth = depth.double()
+    return torch.where(torch.isfinite(depth) & keep, depth, 0.0)
+
+
+def frame_cloud(depth, keep, image, intrinsics, aligned_from_cam, voxel_size: float) -> list[torch.Tensor]:
+    """Points, colours and normals of one frame, one per voxel."""
+    z = _valid_depth(depth, keep)
+    valid = z > 0
+    if not bool(valid.any()):
+        return [torch.zeros(0, 3, dtype=torch.float64) for _ in range(3)]
+    # Pixels two voxels apart: nearer ones would differ more by the sensor's noise than by the surface.
+    step = round(2 * voxel_size * float(intrinsics[0, 0]) / float(z[valid].median()))
+    normals = normals_from_depth(z, intrinsics, step=min(max(step, 1), max(1, min(z.shape) // 8)))[valid]
+    points_cam = unproject_depth(z, intrinsics)[valid]
+    # A pixel without neighbours has no normal of its own; it is taken to face the camera.
+    facing = -points_cam / torch.linalg.vector_norm(points_cam, dim=1, keepdim=True)
+    normals = torch.where((normals == 0).all(dim=1, keepdim=True), facing, normals) @ aligned_from_cam[:3, :3].T
+    points = transform_points(aligned_from_cam, points_cam)
+    colors = torch.zeros_like(points) if image is None else image[valid].double() / 255
+    rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
+    return [points[rows], colors[rows], normals[rows]]
+
+
+def thin_cloud(cloud: list[torch.Tensor], voxel_size: float | None, max_points: int | None) -> list[torch.Tensor]:
+    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left."""
+    if max_points is not None and max_points < 1:
+        raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
+    points = cloud[0]
+    if voxel_size is not None:
+        rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
+        cloud = [values[rows] for values in cloud]
+        points = cloud[0]
+    if max_points is None or len(points) <= max_points:
+        return cloud
+    origin = points.min(dim=0).values
+    if voxel_size is None:
+        voxel_size = float((points - origin).max()) / math.sqrt(len(points)) or 1.0
+    rows = range(len(points))
+    while len(rows) > max_points:
+        # The count of occupied voxels on surfaces falls with the square of their edge.
+        voxel_size *= max(1.05, math.sqrt(len(rows) / max_points))
+        rows = voxel_representatives(points, voxel_size, origin=origin)
+    return [values[rows] for values in cloud]
+
+
+def coarser_voxels(grid_coords: torch.Tensor, max_points: int | None) -> torch.Tensor:
+    """Rows to keep so that at most `max_points` are left."""
+    rows = torch.arange(len(grid_coords))
+    factor = 1
+    while max_points is not None and len(rows) > max_points:
+        factor = max(factor + 1, math.floor(factor * math.sqrt(len(rows) / max_points)))
+        rows = voxel_representatives(grid_coords.double() + 0.5, factor, origin=torch.zeros(3, dtype=torch.float64))
+    return rows
