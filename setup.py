@@ -73,7 +73,7 @@ setup(
     packages=list_packages(),
     package_dir=PACKAGE_DIR,
     package_data={
-        "geode": list_data("geode", "assets/**/*", "tiny_checkpoint/**/*"),
+        "geode": list_data("geode", "assets/**/*", "tiny/**/*"),
         "geode.configuration": list_data("geode.configuration", "recipes/**/*", "accelerate/**/*"),
         "geode.hub_cards": list_data("geode.hub_cards", "**/*"),
         "geode.evaluation": list_data("geode.evaluation", "**/*"),

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `geode`: it parses and dispatches. The work is in modules that are imported when they are needed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from geode import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    A mistake of the user (a missing file, a folder without a checkpoint, an absent optional package) ends with one line
+    on standard error.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments without the program's name; `None` is those of the process.
+
+    Returns:
+        `int`: The exit code: 0, or 2 after a mistake of the user.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"geode: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; each subcommand stores the function that runs it as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="geode", description="Ask a vision-language model about 3D space, and get numbers that were regressed."
+    )
+    parser.add_argument("--version", action="version", version=f"geode {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="ask the embedded scene its questions, offline")
+    demo.add_argument(
+        "--out", metavar="DIR", default="geode-demo", help="where the picture goes (default: %(default)s)"
+    )
+    demo.set_defaults(run=_run_demo)
+
+    ask = commands.add_parser("ask", help="ask questions about a video")
+    ask.add_argument("video", metavar="VIDEO", help="a video file")
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", help="a question, in quotes")
+    _add_model(ask)
+    geometry = ask.add_mutually_exclusive_group()
+    geometry.add_argument(
+        "--geometry", metavar="DIR", help="the scene's geometry (default: `geometry` beside the video, if it is there)"
+    )
+    geometry.add_argument(
+        "--no-geometry", dest="use_geometry", action="store_false", help="answer from the frames alone"
+    )
+    ask.add_argument(
+        "--num-frames", metavar="N", type=int, help="frames that the model sees (default: the processor's)"
+    )
+    ask.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object per question")
+    ask.set_defaults(run=_run_ask)
+
+    export = commands.add_parser("export", help="write a model as a folder that loads without this package")
+    export.add_argument("directory", metavar="DIR", help="a folder that is new or empty")
+    _add_model(export)
+    export.set_defaults(run=_run_export)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: the tiny one of this package)")
+    parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the Hub")
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from geode.demo import run_demo
+
+    run_demo(arguments.out)
+
+
+def _run_ask(arguments: argparse.Namespace) -> None:
+    from geode.commands import ask_video
+
+    ask_video(
+        arguments.video,
+        arguments.questions,
+        model=arguments.model,
+        revision=arguments.revision,
+        geometry=arguments.geometry,
+        use_geometry=arguments.use_geometry,
+        num_frames=arguments.num_frames,
+        as_json=arguments.as_json,
+    )
+
+
+def _run_export(arguments: argparse.Namespace) -> None:
+    from geode.commands import export_model
+
+    export_model(arguments.directory, model=arguments.model, revision=arguments.revision)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

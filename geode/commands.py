@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `geode ask` and `geode export` do, and the steps they share with `geode demo`."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers.utils import logging
+
+from geode import tiny_checkpoint
+from geode.modeling_geode.answers_geode import Answer
+from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.modeling_geode.processing_geode import GeodeProcessor
+
+
+GEOMETRY_FOLDER = "geometry"
+MAX_NEW_TOKENS = 64
+
+
+class Checkpoint(NamedTuple):
+    """A model with the processor that belongs to it."""
+
+    model: GeodeForConditionalGeneration
+    processor: GeodeProcessor
+
+
+class TimedAnswer(NamedTuple):
+    """An answer, and the seconds from the video file to it."""
+
+    answer: Answer
+    seconds: float
+
+
+def ask_video(
+    video: str | os.PathLike,
+    questions: Sequence[str],
+    *,
+    model: str | os.PathLike | None = None,
+    revision: str | None = None,
+    geometry: str | os.PathLike | None = None,
+    use_geometry: bool = True,
+    num_frames: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """
+    Print the answers to questions about a video, one line each.
+
+    Without geometry (neither given, nor in a folder `geometry` beside the video, nor from a reconstructor in the model) the
+    answers come from the frames alone, and a notice on standard error says so.
+
+    Args:
+        video (`str` or `os.PathLike`):
+            A video file, or whatever `load_video_frames` takes as a path.
+        questions (`Sequence[str]`):
+            The questions; each is answered on its own.
+        model (`str` or `os.PathLike`, *optional*):
+            A checkpoint's folder or its name on the Hub; the default is the tiny one of this package.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a checkpoint on the Hub.
+        geometry (`str` or `os.PathLike`, *optional*):
+            The folder of a saved `SceneGeometry`.
+        use_geometry (`bool`, defaults to `True`):
+            False answers from the frames alone.
+        num_frames (`int`, *optional*):
+            Frames that the language model sees; the default is the processor's.
+        as_json (`bool`, defaults to `False`):
+            Print a JSON object per line instead of `answer: ...`.
+
+    Raises:
+        FileNotFoundError: If the video, the geometry or the checkpoint is missing.
+        ValueError: If one of them cannot be read, or `geometry` is given and switched off.
+    """
+    if not Path(video).exists():
+        raise FileNotFoundError(f"`video` must be a file, and there is none at {str(video)!r}.")
+    if geometry is not None and not use_geometry:
+        raise ValueError("`geometry` is given and `use_geometry` is false. Choose one.")
+    if geometry is not None and not Path(geometry).is_dir():
+        raise FileNotFoundError(f"`geometry` must be a folder, and there is none at {str(geometry)!r}.")
+    checkpoint = load_checkpoint(model, revision)
+    if use_geometry and geometry is None:
+        geometry = find_geometry(video)
+        if geometry is None and checkpoint.model.config.reconstructor_config is None:
+            print(
+                f"geode: notice: no geometry: there is no folder {GEOMETRY_FOLDER!r} beside the video, and this model has "
+                "no reconstructor. It answers from the frames alone; name a folder with --geometry.",
+                file=sys.stderr,
+            )
+            use_geometry = False
+    for question in questions:
+        timed = answer_question(
+            checkpoint, video, question, geometry=geometry, use_geometry=use_geometry, num_frames=num_frames
+        )
+        if as_json:
+            record = {"question": question, **timed.answer.to_dict(), "seconds": round(timed.seconds, 3)}
+            print(json.dumps(record), flush=True)
+        else:
+            print(f"answer: {' '.join(timed.answer.text.split())}", flush=True)
+
+
+def export_model(
+    save_directory: str | os.PathLike, *, model: str | os.PathLike | None = None, revision: str | None = None
+) -> None:
+    """
+    Save a model and its processor, with their code, as a folder for the Hub, and print its path.
+
+    Args:
+        save_directory (`str` or `os.PathLike`):
+            A folder that is new or empty, so that nothing else is published with it.
+        model (`str` or `os.PathLike`, *optional*):
+            See [`ask_video`].
+        revision (`str`, *optional*):
+            See [`ask_video`].
+
+    Raises:
+        ValueError: If the folder holds something.
+        NotADirectoryError: If there is a file of this name.
+    """
+    folder = Path(save_directory)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"`save_directory` must be new or empty, and {str(folder)!r} is not. Choose another one.")
+    checkpoint = load_checkpoint(model, revision)
+    checkpoint.model.save_pretrained(folder)
+    checkpoint.processor.save_pretrained(folder)
+    print(f"exported: {folder}")
+
+
+def load_checkpoint(model: str | os.PathLike | None = None, revision: str | None = None) -> Checkpoint:
+    """
+    Load a model and its processor.
+
+    Args:
+        model (`str` or `os.PathLike`, *optional*):
+            See [`ask_video`].
+        revision (`str`, *optional*):
+            See [`ask_video`].
+
+    Returns:
+        [`Checkpoint`]: Both, the model in eval mode.
+
+    Raises:
+        FileNotFoundError: If `model` is a path and holds no checkpoint.
+    """
+    source = str(model if model is not None else tiny_checkpoint())
+    is_path = source.startswith((".", "/", "~")) or Path(source).exists()
+    if is_path and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(f"`model` must be a checkpoint's folder, and {source!r} holds no config.json.")
+    logging.disable_progress_bar()
+    return Checkpoint(
+        GeodeForConditionalGeneration.from_pretrained(source, revision=revision or "main"),
+        GeodeProcessor.from_pretrained(source, revision=revision or "main"),
+    )
+
+
+def find_geometry(video: str | os.PathLike) -> Path | None:
+    """Return the folder `geometry` beside a video, or None where there is none."""
+    folder = Path(video).parent / GEOMETRY_FOLDER
+    return folder if folder.is_dir() else None
+
+
+def answer_question(
+    checkpoint: Checkpoint,
+    video: str | os.PathLike,
+    question: str,
+    *,
+    geometry: str | os.PathLike | None = None,
+    use_geometry: bool = True,
+    num_frames: int | None = None,
+) -> TimedAnswer:
+    """
+    Answer one question about a video by greedy decoding.
+
+    Args:
+        checkpoint ([`Checkpoint`]):
+            The model and its processor.
+        video (`str` or `os.PathLike`):
+            See [`ask_video`].
+        question (`str`):
+            The question.
+        geometry (`str` or `os.PathLike`, *optional*):
+            See [`ask_video`].
+        use_geometry (`bool`, defaults to `True`):
+            See [`ask_video`].
+        num_frames (`int`, *optional*):
+            See [`ask_video`].
+
+    Returns:
+        [`TimedAnswer`]: The answer and how long it took, decoding of the video included.
+    """
+    start = time.perf_counter()
+    part = {"type": "video", "path": str(video)}
+    if geometry is not None and use_geometry:
+        part["geometry"] = str(geometry)
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": question}]}]
+    options = {"use_geometry": use_geometry} | ({} if num_frames is None else {"num_frames": num_frames})
+    inputs = checkpoint.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+    )
+    output = checkpoint.model.generate(
+        **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True
+    )
+    answer = checkpoint.processor.post_process_answers(output, input_ids=inputs["input_ids"])[0]
+    return TimedAnswer(answer, time.perf_counter() - start)
