@@ -696,7 +696,9 @@ def evenly_spaced_indices(count: int, num_indices: int) -> list[int]:
     return [index * (count - 1) // max(num_indices - 1, 1) for index in range(num_indices)]
 
 
-def voxel_representatives(points: torch.Tensor, voxel_size: float, *, origin: torch.Tensor) -> torch.Tensor:
+def voxel_representatives(
+    points: torch.Tensor, voxel_size: float, *, origin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     One point per occupied voxel: the one nearest to the voxel's centre.
 
@@ -712,7 +714,8 @@ def voxel_representatives(points: torch.Tensor, voxel_size: float, *, origin: to
             A corner of the voxel grid.
 
     Returns:
-        `torch.Tensor` of shape `(num_voxels,)`: Increasing indices into `points`.
+        `tuple[torch.Tensor, torch.Tensor]` of shapes `(num_voxels,)` and `(num_points,)`: Increasing indices into `points`,
+        one per voxel, and for every point the position of its voxel among them.
 
     Raises:
         ValueError: If the cloud is more than 2,097,152 voxels wide.
@@ -720,12 +723,13 @@ def voxel_representatives(points: torch.Tensor, voxel_size: float, *, origin: to
     Example:
         >>> import torch
         >>> from geode.modeling_geode.geometry_geode import voxel_representatives
-        >>> points = torch.tensor([[0.1, 0.1, 0.1], [0.4, 0.5, 0.5], [1.2, 0.5, 0.5]])
-        >>> voxel_representatives(points, 1.0, origin=torch.zeros(3)).tolist()
-        [1, 2]
+        >>> points = torch.tensor([[0.1, 0.1, 0.1], [1.2, 0.5, 0.5], [0.4, 0.5, 0.5]])
+        >>> rows, voxel_of_point = voxel_representatives(points, 1.0, origin=torch.zeros(3))
+        >>> rows.tolist(), voxel_of_point.tolist()
+        ([1, 2], [1, 0, 1])
     """
     if len(points) == 0:
-        return torch.zeros(0, dtype=torch.long, device=points.device)
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     scaled = (points - origin) / voxel_size
     cells = torch.floor(scaled)
     off_center = ((scaled - cells - 0.5) ** 2).sum(dim=1)
@@ -740,7 +744,11 @@ def voxel_representatives(points: torch.Tensor, voxel_size: float, *, origin: to
     keys = (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]
     order = torch.argsort(off_center, stable=True)
     order = order[torch.argsort(keys[order], stable=True)]
-    sorted_keys = keys[order]
-    first = torch.ones_like(sorted_keys, dtype=torch.bool)
-    first[1:] = sorted_keys[1:] != sorted_keys[:-1]
-    return order[first].sort().values
+    starts = torch.ones(len(points), dtype=torch.bool, device=points.device)
+    starts[1:] = keys[order[1:]] != keys[order[:-1]]
+    rows, by_row = order[starts].sort()
+    position = torch.empty_like(by_row)
+    position[by_row] = torch.arange(len(by_row), device=points.device)
+    voxel_of_point = torch.empty_like(order)
+    voxel_of_point[order] = position[starts.cumsum(dim=0) - 1]
+    return rows, voxel_of_point

@@ -70,6 +70,7 @@ FLOOR_PERCENTILE = 1.0
 MAX_GRID_CELLS = 2**16 - 1
 
 _TENSORS_FILE, _HEADER_FILE = "geometry.safetensors", "geometry.json"
+_HEADER_FIELDS = ("image_size", "is_metric", "scale_source", "gravity", "metres_per_unit")
 _ENCODING_KEY = "geode_scene_encoding"
 
 
@@ -172,7 +173,8 @@ class SceneGeometry:
         """
         Fuse posed depth maps into one thinned cloud in the scene frame.
 
-        Of each voxel the point nearest to its centre stays, with the colour and the normal of its pixel.
+        Of each voxel the point nearest to its centre stays, with its colour. Its normal is the mean over the pixels of the
+        voxel that face the same way, which averages out the noise of the sensor.
 
         Args:
             depth (`np.ndarray` or `torch.Tensor` of shape `(num_frames, height, width)`):
@@ -491,13 +493,7 @@ class SceneGeometry:
             tensors["timestamps_s"] = self.timestamps_s
         header = {
             "format_version": FORMAT_VERSION,
-            "num_points": self.num_points,
-            "num_cameras": self.num_cameras,
-            "image_size": self.image_size,
-            "is_metric": self.is_metric,
-            "scale_source": self.scale_source,
-            "gravity": self.gravity,
-            "metres_per_unit": self.metres_per_unit,
+            **{name: getattr(self, name) for name in _HEADER_FIELDS},
         }
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _write_tensors(tensors, Path(scratch) / _TENSORS_FILE)
@@ -541,9 +537,13 @@ class SceneGeometry:
                 f"{header.get('tensors_sha256')}. The files are damaged or of two scenes; save the scene again."
             )
         tensors = load_state_dict_from_file(folder / _TENSORS_FILE)
-        fields = {name: header[name] for name in ("is_metric", "scale_source", "gravity", "metres_per_unit")}
-        image_size = header["image_size"]
-        return cls(**tensors, **fields, image_size=None if image_size is None else tuple(image_size))
+        missing = sorted(set(_HEADER_FIELDS) - header.keys())
+        if missing:
+            raise ValueError(f"{folder / _HEADER_FILE} lacks {missing}. Save the scene again.")
+        fields = {name: header[name] for name in _HEADER_FIELDS}
+        # JSON has lists for tuples.
+        fields["image_size"] = tuple(fields["image_size"]) if fields["image_size"] else None
+        return cls(**tensors, **fields)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,8 +40,8 @@ def to_tensor(name: str, value) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, (np.ndarray, list, tuple)):
-        # A copy: torch warns about arrays that it may not write to, such as those of a memory-mapped file.
-        return torch.tensor(np.asarray(value))
+        # A copy in C order: torch refuses negative strides (`image[..., ::-1]`) and warns about arrays that are read only.
+        return torch.from_numpy(np.array(value, order="C"))
     raise TypeError(f"`{name}` must be an array or a tensor, got {kind_of(value)}.")
 
 
@@ -347,30 +347,37 @@ def frame_cloud(depth, keep, image, intrinsics, aligned_from_cam, voxel_size: fl
     normals = torch.where((normals == 0).all(dim=1, keepdim=True), facing, normals) @ aligned_from_cam[:3, :3].T
     points = transform_points(aligned_from_cam, points_cam)
     colors = torch.zeros_like(points) if image is None else image[valid].double() / 255
-    rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
-    return [points[rows], colors[rows], normals[rows]]
+    return _thin_by_voxels([points, colors, normals], voxel_size, origin=points.new_zeros(3))
+
+
+def _thin_by_voxels(cloud: list[torch.Tensor], voxel_size: float, *, origin: torch.Tensor) -> list[torch.Tensor]:
+    """Keep the point nearest to each voxel's centre, with the sum of the voxel's normals that face the way its own does."""
+    rows, voxel_of_point = voxel_representatives(cloud[0], voxel_size, origin=origin)
+    thinned = [values[rows] for values in cloud]
+    if len(cloud) == 3:
+        normals, own = cloud[2], thinned[2]
+        same_side = (normals * own[voxel_of_point]).sum(dim=1, keepdim=True) > 0
+        thinned[2] = torch.zeros_like(own).index_add(0, voxel_of_point, normals * same_side)
+    return thinned
 
 
 def thin_cloud(cloud: list[torch.Tensor], voxel_size: float | None, max_points: int | None) -> list[torch.Tensor]:
-    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left."""
+    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left. Normals lose their length."""
     if max_points is not None and max_points < 1:
         raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
-    points = cloud[0]
     if voxel_size is not None:
-        rows = voxel_representatives(points, voxel_size, origin=points.new_zeros(3))
-        cloud = [values[rows] for values in cloud]
-        points = cloud[0]
-    if max_points is None or len(points) <= max_points:
+        cloud = _thin_by_voxels(cloud, voxel_size, origin=cloud[0].new_zeros(3))
+    if max_points is None or len(cloud[0]) <= max_points:
         return cloud
-    origin = points.min(dim=0).values
+    origin = cloud[0].min(dim=0).values
     if voxel_size is None:
-        voxel_size = float((points - origin).max()) / math.sqrt(len(points)) or 1.0
-    rows = range(len(points))
-    while len(rows) > max_points:
+        voxel_size = float((cloud[0] - origin).max()) / math.sqrt(len(cloud[0])) or 1.0
+    thinned = cloud
+    while len(thinned[0]) > max_points:
         # The count of occupied voxels on surfaces falls with the square of their edge.
-        voxel_size *= max(1.05, math.sqrt(len(rows) / max_points))
-        rows = voxel_representatives(points, voxel_size, origin=origin)
-    return [values[rows] for values in cloud]
+        voxel_size *= max(1.05, math.sqrt(len(thinned[0]) / max_points))
+        thinned = _thin_by_voxels(cloud, voxel_size, origin=origin)
+    return thinned
 
 
 def coarser_voxels(grid_coords: torch.Tensor, max_points: int | None) -> torch.Tensor:
@@ -379,5 +386,5 @@ def coarser_voxels(grid_coords: torch.Tensor, max_points: int | None) -> torch.T
     factor = 1
     while max_points is not None and len(rows) > max_points:
         factor = max(factor + 1, math.floor(factor * math.sqrt(len(rows) / max_points)))
-        rows = voxel_representatives(grid_coords.double() + 0.5, factor, origin=torch.zeros(3, dtype=torch.float64))
+        rows, _ = voxel_representatives(grid_coords.double() + 0.5, factor, origin=torch.zeros(3, dtype=torch.float64))
     return rows
