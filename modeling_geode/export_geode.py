@@ -54,9 +54,9 @@ def export_code(save_directory: str | os.PathLike) -> list[Path]:
     """
     Copy the code of a saved GEODE model or processor into its folder, and name its classes in `auto_map`.
 
-    Call it after the weights and JSON files are written. Whichever of `config.json` and `processor_config.json` are
-    present decide what is copied; running it twice changes nothing. The folder then loads with
-    `trust_remote_code=True` where no `geode` package is installed.
+    Call it after the weights and JSON files are written. Whichever of `config.json`, `processor_config.json` and
+    `preprocessor_config.json` are present decide what is copied; running it twice changes nothing. The folder then loads
+    with `trust_remote_code=True` where no `geode` package is installed.
 
     Args:
         save_directory (`str` or `os.PathLike`):
@@ -66,20 +66,19 @@ def export_code(save_directory: str | os.PathLike) -> list[Path]:
         `list[Path]`: The files that were written or edited, sorted.
 
     Raises:
-        FileNotFoundError: If the folder holds neither `config.json` nor `processor_config.json`.
+        FileNotFoundError: If the folder holds none of these files.
         ValueError: If a file names a foreign class, or a module breaks a rule for modules on the Hub.
     """
     folder = Path(save_directory)
     modules = shipped_modules()
     documents = {}
-    if (folder / "config.json").is_file():
-        documents["config.json"] = _with_model_auto_map(_read_json(folder / "config.json"))
-    if (folder / "processor_config.json").is_file():
-        document = _read_json(folder / "processor_config.json")
-        documents["processor_config.json"] = _with_processor_auto_map(document, modules)
+    for name, add_auto_map in _DOCUMENTS.items():
+        if (folder / name).is_file():
+            document = json.loads((folder / name).read_text(encoding="utf-8"))
+            documents[name] = add_auto_map(document, modules)
     if not documents:
         raise FileNotFoundError(
-            f"`save_directory` must hold `config.json` or `processor_config.json`, and {str(folder)!r} holds neither. "
+            f"`save_directory` must hold one of {sorted(_DOCUMENTS)}, and {str(folder)!r} holds none. "
             "Save the model or the processor there first."
         )
     references = sorted({reference for document in documents.values() for reference in _auto_map_values(document)})
@@ -252,7 +251,7 @@ def _refuse(path: Path, node: ast.stmt, what: str, remedy: str) -> NoReturn:
     raise ValueError(f"{path.name}:{node.lineno} {what}, which a copy on the Hub cannot. {remedy}.")
 
 
-def _with_model_auto_map(document: dict) -> dict:
+def _with_model_auto_map(document: dict, modules: Mapping[str, Path]) -> dict:
     model_type = document.get("model_type")
     if model_type not in MODEL_AUTO_MAPS:
         raise ValueError(f"`config.json` must have a `model_type` of {sorted(MODEL_AUTO_MAPS)}, got {model_type!r}.")
@@ -260,20 +259,22 @@ def _with_model_auto_map(document: dict) -> dict:
 
 
 def _with_processor_auto_map(document: dict, modules: Mapping[str, Path]) -> dict:
-    """Name the processor's class, and that of its image processor if it is one of ours."""
-    if document.get("processor_class") != "GeodeProcessor":
-        found = document.get("processor_class")
+    found = document.get("processor_class")
+    if found != "GeodeProcessor":
         raise ValueError(f"`processor_config.json` must have the `processor_class` 'GeodeProcessor', got {found!r}.")
     document = {**document, "auto_map": PROCESSOR_AUTO_MAP}
-    image_processor = document.get("image_processor", {})
-    class_name = image_processor.get("image_processor_type")
+    if "image_processor" in document:
+        document["image_processor"] = _with_image_processor_auto_map(document["image_processor"], modules)
+    return document
+
+
+def _with_image_processor_auto_map(document: dict, modules: Mapping[str, Path]) -> dict:
+    """Name the image processor's class if it is one of ours; transformers knows its own."""
+    class_name = document.get("image_processor_type")
     for module, path in modules.items():
         statements = ast.parse(path.read_text(encoding="utf-8")).body
         if any(isinstance(node, ast.ClassDef) and node.name == class_name for node in statements):
-            document["image_processor"] = {
-                **image_processor,
-                "auto_map": {"AutoImageProcessor": f"{module}.{class_name}"},
-            }
+            return {**document, "auto_map": {"AutoImageProcessor": f"{module}.{class_name}"}}
     return document
 
 
@@ -282,8 +283,10 @@ def _auto_map_values(document: dict) -> Iterator[str]:
         yield from part.get("auto_map", {}).values()
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
+_DOCUMENTS = {
+    "config.json": _with_model_auto_map,
+    "processor_config.json": _with_processor_auto_map,
+    "preprocessor_config.json": _with_image_processor_auto_map,
+}
 
 __all__ = ["collect_modules", "export_code", "shipped_modules"]

@@ -95,7 +95,9 @@ def test_modules_of_modeling_geode_are_flat_and_named_for_the_hub():
 
 def test_shipped_modules_obey_the_rules_and_are_all_reachable():
     modules = shipped_modules()
-    references = [*MODEL_AUTO_MAPS["geode"].values(), *PROCESSOR_AUTO_MAP.values()]
+    references = [
+        reference for auto_map in (*MODEL_AUTO_MAPS.values(), PROCESSOR_AUTO_MAP) for reference in auto_map.values()
+    ]
     reachable = collect_modules([reference.split(".")[0] for reference in references], modules)
     assert sorted(reachable) == sorted(modules)
 

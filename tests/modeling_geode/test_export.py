@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from geode.modeling_geode.export_geode import collect_modules, export_code, shipped_modules
+from tests.modeling_geode.common_geode import REG_TOKEN, prepare_inputs, tiny_config
 
 
 CONFIGURATION = 'class GeodeConfig:\n    model_type = "geode"\n'
@@ -158,7 +164,7 @@ def test_shipped_modules_leave_out_the_exporter():
 
 
 def test_export_code_refuses_a_folder_without_a_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold `config\.json` or `processor_config\.json`"):
+    with pytest.raises(FileNotFoundError, match=r"must hold one of \['config\.json', 'preprocessor_config\.json'"):
         export_code(tmp_path)
 
 
@@ -173,3 +179,125 @@ def test_export_code_refuses_a_foreign_processor(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "InternVLProcessor"}))
     with pytest.raises(ValueError, match=r"`processor_class` 'GeodeProcessor', got 'InternVLProcessor'"):
         export_code(tmp_path)
+
+
+# What somebody runs who has transformers and a folder, and no `geode`.
+STRANGER = """
+import sys
+
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "geode":
+            raise ModuleNotFoundError("No module named 'geode'", name="geode")
+
+
+sys.meta_path.insert(0, Blocker())
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+inputs_path, output_path, resaved, *sources = sys.argv[1:]
+torch.set_num_threads(1)
+inputs = torch.load(inputs_path)
+results = []
+for source in sources:
+    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        model = auto_class.from_pretrained(source, trust_remote_code=True).eval()
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        results.append({"name": type(model).__name__, "module": type(model).__module__, "logits": logits})
+        results[-1] |= {"sequences": output.sequences, "values": output.values}
+    assert AutoConfig.from_pretrained(source, trust_remote_code=True).to_dict() == model.config.to_dict()
+model.save_pretrained(resaved)
+again = AutoModel.from_pretrained(resaved, trust_remote_code=True).eval()
+with torch.no_grad():
+    results.append({**results[-1], "logits": again(**inputs).logits})
+torch.save(results, output_path)
+"""
+
+
+def run_stranger(script: str, *arguments: object, cwd: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(cwd / "hf"), "HF_MODULES_CACHE": str(cwd / "modules")}
+    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def put_in_hub_cache(folder: Path, repository: str, hf_home: Path) -> None:
+    """Lay a folder out as a download from the Hub: there all files of a commit share one module folder."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = hf_home / "hub" / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = GeodeForConditionalGeneration(tiny_config()).eval()
+    # Logits are products with the embeddings: a long row makes its token win, so that values are generated.
+    with torch.no_grad():
+        model.get_input_embeddings().weight[REG_TOKEN] *= 8
+    return model
+
+
+def test_saved_model_loads_and_answers_alike_where_geode_is_absent(tiny_model, tmp_path):
+    inputs = prepare_inputs(tiny_model.config, 2)
+    with torch.no_grad():
+        logits = tiny_model(**inputs).logits
+    output = tiny_model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert sum(len(values) for values in output.values) > 0
+    tiny_model.save_pretrained(tmp_path / "geode-tiny")
+    put_in_hub_cache(tmp_path / "geode-tiny", "org/geode-tiny", tmp_path / "hf")
+    torch.save(inputs, tmp_path / "inputs.pt")
+
+    sources = (tmp_path / "geode-tiny", "org/geode-tiny")
+    run_stranger(
+        STRANGER, tmp_path / "inputs.pt", tmp_path / "results.pt", tmp_path / "resaved", *sources, cwd=tmp_path
+    )
+
+    results = torch.load(tmp_path / "results.pt")
+    assert len(results) == 7
+    for result in results:
+        assert result["name"] == "GeodeForConditionalGeneration"
+        assert result["module"].startswith("transformers_modules.")
+        assert torch.equal(result["logits"], logits)
+        assert torch.equal(result["sequences"], output.sequences)
+        for values, expected in zip(result["values"], output.values, strict=True):
+            assert len(values) == len(expected)
+            assert all(torch.equal(value, other) for value, other in zip(values, expected, strict=True))
+    saved, resaved = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("geode-tiny", "resaved"))
+    assert resaved == saved
+
+
+def test_saving_twice_writes_the_same_bytes(tiny_model, tmp_path):
+    for name in ("first", "second"):
+        tiny_model.save_pretrained(tmp_path / name)
+    export_code(tmp_path / "second")
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("first", "second")
+    )
+    assert first == second
+    assert json.loads(first["config.json"])["auto_map"]["AutoModel"] == "modeling_geode.GeodeForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("config_name", "module", "class_name"),
+    [("SonataConfig", "sonata_geode", "SonataModel"), ("VggtConfig", "vggt_geode", "VggtModel")],
+)
+def test_export_code_maps_encoders_saved_on_their_own(tmp_path, config_name, module, class_name):
+    from geode.configuration import configuration_geode
+
+    getattr(configuration_geode, config_name)().save_pretrained(tmp_path)
+    written = {path.name for path in export_code(tmp_path)}
+    assert {"config.json", "configuration_geode.py", f"{module}.py"} <= written
+    assert "modeling_geode.py" not in written
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": f"configuration_geode.{config_name}",
+        "AutoModel": f"{module}.{class_name}",
+    }

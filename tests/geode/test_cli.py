@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import geode
+from geode.cli import main
+from geode.modeling_geode.answers_geode import Answer, Box3D, Measurement
+
+
+QUESTION = "What is the size of this room (in square meters)? If multiple rooms are shown, estimate the size of the combined space."
+
+
+def assert_one_line_of_error(capsys, *fragments):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("geode: error: ")
+    assert captured.err.count("\n") == 1
+    for fragment in fragments:
+        assert str(fragment) in captured.err
+
+
+def test_parser_loads_neither_torch_nor_transformers():
+    script = "import sys, geode.cli; geode.cli.build_parser().format_help(); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"torch", "transformers", "numpy"}.isdisjoint(result.stdout.split())
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"geode {geode.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["dream"], ["ask", "room.mp4"], ["ask", "v", "q", "--geometry", "g", "--no-geometry"]]
+)
+def test_wrong_arguments_end_with_usage_and_code_2(capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: geode" in capsys.readouterr().err
+
+
+def test_ask_names_a_missing_video(capsys, tmp_path):
+    assert main(["ask", str(tmp_path / "none.mp4"), "How many?"]) == 2
+    assert_one_line_of_error(capsys, "`video`", tmp_path / "none.mp4")
+
+
+def test_ask_names_a_missing_geometry(capsys, tmp_path):
+    (tmp_path / "room.mp4").touch()
+    assert main(["ask", str(tmp_path / "room.mp4"), "How many?", "--geometry", str(tmp_path / "none")]) == 2
+    assert_one_line_of_error(capsys, "`geometry`", tmp_path / "none")
+
+
+def test_ask_names_a_folder_without_checkpoint(capsys, tmp_path):
+    (tmp_path / "room.mp4").touch()
+    assert main(["ask", str(tmp_path / "room.mp4"), "How many?", "--model", str(tmp_path)]) == 2
+    assert_one_line_of_error(capsys, "`model`", tmp_path, "config.json")
+
+
+def test_ask_names_a_file_that_is_no_video(capsys, tmp_path):
+    (tmp_path / "room.mp4").write_text("not a video")
+    assert main(["ask", str(tmp_path / "room.mp4"), "How many?", "--no-geometry"]) == 2
+    assert_one_line_of_error(capsys, "room.mp4")
+
+
+def test_export_refuses_a_folder_that_holds_something(capsys, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    assert main(["export", str(tmp_path)]) == 2
+    assert_one_line_of_error(capsys, "`save_directory`", tmp_path)
+
+
+def test_ask_takes_the_geometry_beside_the_video(capsys):
+    assert main(["ask", str(geode.embedded_scene() / "room.mp4"), QUESTION]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert re.fullmatch(r"answer: [^\n]*\d[^\n]*\n", captured.out)
+
+
+def test_ask_without_geometry_says_so_and_answers_as_without_it(capsys, tmp_path):
+    shutil.copy(geode.embedded_scene() / "room.mp4", tmp_path)
+    video = str(tmp_path / "room.mp4")
+    assert main(["ask", video, QUESTION]) == 0
+    noticed = capsys.readouterr()
+    assert noticed.err.startswith("geode: notice: no geometry")
+    assert noticed.err.count("\n") == 1
+    assert main(["ask", video, QUESTION, "--no-geometry"]) == 0
+    silent = capsys.readouterr()
+    assert silent.err == ""
+    assert noticed.out == silent.out
+    # The folder that is named is the one that is used: the answer is that of the video in its own place.
+    assert main(["ask", video, QUESTION, "--geometry", str(geode.embedded_scene() / "geometry")]) == 0
+    named = capsys.readouterr()
+    assert main(["ask", str(geode.embedded_scene() / "room.mp4"), QUESTION]) == 0
+    assert named == capsys.readouterr()
+
+
+def test_ask_prints_json_lines_with_the_values_of_the_model(capsys):
+    from geode.commands import answer_question, load_checkpoint
+
+    scene = geode.embedded_scene()
+    questions = [QUESTION, "Locate the table."]
+    assert main(["ask", str(scene / "room.mp4"), *questions, "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["question"] for record in records] == questions
+    checkpoint = load_checkpoint()
+    for record in records:
+        timed = answer_question(checkpoint, scene / "room.mp4", record["question"], geometry=scene / "geometry")
+        seconds = record.pop("seconds")
+        assert seconds > 0
+        assert record == {"question": record["question"], **json.loads(json.dumps(timed.answer.to_dict()))}
+
+
+def test_ask_passes_the_number_of_frames(capsys):
+    video = str(geode.embedded_scene() / "room.mp4")
+    assert main(["ask", video, QUESTION, "--num-frames", "0"]) == 2
+    assert_one_line_of_error(capsys, "`num_frames`", "0")
+
+
+def test_demo_prints_a_line_per_question_a_summary_and_a_picture(capsys, tmp_path):
+    assert main(["demo", "--out", str(tmp_path / "new" / "folder")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = (geode.embedded_scene() / "questions.jsonl").read_text().splitlines()
+    answers, (summary, picture) = lines[:-2], lines[-2:]
+    assert len(answers) == len(rows)
+    for line, row in zip(answers, rows, strict=True):
+        assert line.startswith(f"answer: {json.loads(row)['question']} -> ")
+        assert re.search(r"\(truth .*\), \d+\.\d\d s$", line)
+    assert summary.startswith(f"summary: {len(rows)} questions in ")
+    assert picture == f"picture: {tmp_path / 'new' / 'folder' / 'scene.png'}"
+    with Image.open(tmp_path / "new" / "folder" / "scene.png") as image:
+        assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 1000
+
+
+def test_demo_refuses_a_file_as_folder(capsys, tmp_path):
+    (tmp_path / "out").touch()
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    assert_one_line_of_error(capsys, tmp_path / "out")
+
+
+def test_export_writes_a_folder_that_holds_the_same_model(capsys, tmp_path):
+    from geode.commands import load_checkpoint
+
+    assert main(["export", str(tmp_path / "hub")]) == 0
+    assert capsys.readouterr().out == f"exported: {tmp_path / 'hub'}\n"
+    names = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert {"modeling_geode.py", "processing_geode.py", "model.safetensors", "tokenizer.json"} <= names
+    exported, original = load_checkpoint(tmp_path / "hub").model.state_dict(), load_checkpoint().model.state_dict()
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], original[name]) for name in original)
+
+
+def test_compare_measures_boxes_between_centres():
+    from geode.demo import compare, describe
+
+    row = {"ground_truth": "", "box": [1.0, 2.0, 0.5, 0.4, 0.6, 1.0, 0.2]}
+    box = Box3D(center=(4.0, 6.0, 0.5), size=(0.4, 0.6, 1.0), yaw=0.2)
+    comparison = compare(row, Answer(text="ignored", values=[], boxes=[box]))
+    assert comparison.error == 5.0  # 3, 4 and 0 metres along the axes
+    assert describe(comparison).endswith("error 5.00 m)")
+
+
+def test_compare_does_not_mix_units():
+    from geode.demo import compare, describe
+
+    row = {"ground_truth": "150", "value": 150.0, "unit": "cm"}
+    answer = Answer(text="1.50", values=[Measurement("<REG>", 1.5, "m", 1.5)], boxes=[])
+    assert compare(row, answer) == ("number", "1.50", "150.00 cm", None, None)
+    assert describe(compare(row, answer)) == "-> 1.50 (truth 150.00 cm, no number in the answer)"
+
+
+def test_compare_reads_the_letter_of_a_choice():
+    from geode.demo import compare
+
+    row = {"ground_truth": "B", "options": ["A. left", "B. right"]}
+    errors = [compare(row, Answer(text=text, values=[], boxes=[])).error for text in ("B", " b. right", "A", "")]
+    assert errors == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_summary_counts_what_was_answered():
+    from geode.demo import Comparison, summarize
+
+    comparisons = [
+        Comparison("number", "", "", 1.0, 0.1),
+        Comparison("number", "", "", 3.0, 0.3),
+        Comparison("number", "", "", None),
+        Comparison("box", "", "", 0.25),
+        Comparison("choice", "", "", 0.0),
+        Comparison("choice", "", "", 1.0),
+    ]
+    assert summarize(comparisons, seconds=2.04) == (
+        "summary: 6 questions in 2.0 s; 2 numbers with a median error of 20.0 %; 1 boxes with a mean error of 0.25 m "
+        "between centres; 1 of 2 choices right; 1 without the value that was asked for"
+    )
+
+
+def test_prompt_lists_the_options():
+    from geode.demo import prompt_of
+
+    assert prompt_of({"question": "Left or right?", "options": ["A. left", "B. right"]}) == (
+        "Left or right?\nOptions:\nA. left\nB. right"
+    )
+    assert prompt_of({"question": "How many?", "options": None}) == "How many?"
