@@ -176,8 +176,8 @@ def resize_intrinsics(
     Intrinsics of an image after it was resized.
 
     Convention:
-        - Pixel `(0, 0)` is the centre of the top-left pixel, so the image spans -0.5 to width - 0.5, and a pixel moves to
-          `u' = (u + 0.5) * s - 0.5`. Scaling the principal point alone would shift it by up to half a pixel.
+        - Pixel `(0, 0)` is the centre of the top-left pixel, so the image spans -0.5 to width - 0.5, and a pixel moves
+          to `u' = (u + 0.5) * s - 0.5`. Scaling the principal point alone would shift it by up to half a pixel.
 
     Args:
         intrinsics (`torch.Tensor` of shape `(..., 3, 3)`):
@@ -342,8 +342,8 @@ def rotation_aligning_to_z(up: torch.Tensor) -> torch.Tensor:
     Source: Rodrigues' formula for the rotation between two unit vectors.
 
     Convention:
-        - The identity, exactly, for `up` along +z. For `up` along -z, where no rotation is the smallest, half a turn about
-          +x.
+        - The identity, exactly, for `up` along +z. For `up` along -z, where no rotation is the smallest, half a turn
+          about +x.
 
     Args:
         up (`torch.Tensor` of shape `(..., 3)`):
@@ -403,8 +403,8 @@ def box_corners(boxes: torch.Tensor) -> torch.Tensor:
     Corners of oriented boxes.
 
     Convention:
-        - A box is `(cx, cy, cz, dx, dy, dz, yaw)`: centre, full sizes along its own axes, angle about +z from the scene's
-          x axis to the box's.
+        - A box is `(cx, cy, cz, dx, dy, dz, yaw)`: centre, full sizes along its own axes, angle about +z from the
+          scene's x axis to the box's.
         - Corner `4 * i + 2 * j + k` lies on the positive side of the box's x, y, z axis where i, j, k is 1.
 
     Args:
@@ -460,9 +460,9 @@ def transform_boxes(boxes: torch.Tensor, scene_from_dataset: torch.Tensor) -> to
     tilt_deg = math.degrees(math.atan2(float(torch.linalg.vector_norm(rotation[:2, 2])), float(rotation[2, 2])))
     if tilt_deg > MAX_BOX_TILT_DEG:
         raise ValueError(
-            f"`scene_from_dataset` must keep the z axis to within {MAX_BOX_TILT_DEG} degrees, because a box turns only "
-            f"about +z; it tilts it by {tilt_deg:.1f} degrees. Give the dataset's up direction as `up` when the scene is "
-            "built."
+            f"`scene_from_dataset` must keep the z axis to within {MAX_BOX_TILT_DEG} degrees, because a box turns "
+            f"only about +z; it tilts it by {tilt_deg:.1f} degrees. Give the dataset's up direction as `up` when the "
+            "scene is built."
         )
     centers = transform_points(scene_from_dataset, boxes[..., None, :3])[..., 0, :]
     yaw = wrap_yaw(boxes[..., 6:] + torch.atan2(scene_from_dataset[1, 0], scene_from_dataset[0, 0]))
@@ -473,8 +473,8 @@ def normals_from_depth(depth: torch.Tensor, intrinsics: torch.Tensor, *, step: i
     """
     Surface normals of depth maps, from differences between pixels `step` apart.
 
-    Along each image axis the neighbour of the two that is nearer in depth is used, so that a normal does not mix the two
-    sides of an edge. Exact on planes for every `step`.
+    Along each image axis the neighbour of the two that is nearer in depth is used, so that a normal does not mix the
+    two sides of an edge. Exact on planes for every `step`.
 
     Convention:
         - Camera frame, unit length, facing the camera (`normal . point <= 0`).
@@ -535,8 +535,8 @@ def estimate_normals(
     Source: Hoppe et al., "Surface reconstruction from unorganized points" (SIGGRAPH 1992), section 3.2.
 
     Convention:
-        - Unit length, in the frame of `points`. A normal faces the camera nearest to its point; without cameras, its z is
-          not negative.
+        - Unit length, in the frame of `points`. A normal faces the camera nearest to its point; without cameras, its z
+          is not negative.
 
     Args:
         points (`torch.Tensor` of shape `(num_points, 3)`):
@@ -702,8 +702,8 @@ def voxel_representatives(
     """
     One point per occupied voxel: the one nearest to the voxel's centre.
 
-    The choice does not depend on the order in which a cloud is thinned: representatives of parts, thinned again together,
-    are those of the whole. Ties go to the lowest index.
+    The choice does not depend on the order in which a cloud is thinned: representatives of parts, thinned again
+    together, are those of the whole. Ties go to the lowest index.
 
     Args:
         points (`torch.Tensor` of shape `(num_points, 3)`):
@@ -714,8 +714,8 @@ def voxel_representatives(
             A corner of the voxel grid.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shapes `(num_voxels,)` and `(num_points,)`: Increasing indices into `points`,
-        one per voxel, and for every point the position of its voxel among them.
+        `tuple[torch.Tensor, torch.Tensor]` of shapes `(num_voxels,)` and `(num_points,)`: Increasing indices into
+        `points`, one per voxel, and for every point the position of its voxel among them.
 
     Raises:
         ValueError: If the cloud is more than 2,097,152 voxels wide.
@@ -738,8 +738,8 @@ def voxel_representatives(
     # 21 bits an axis fill 63 bits, the positive range of an int64 key.
     if int(cells.max()) >= 2**21:
         raise ValueError(
-            f"The cloud is {int(cells.max()) + 1} voxels of edge {voxel_size:.4g} wide; at most {2**21} fit. Drop outliers "
-            "or enlarge the voxels."
+            f"The cloud is {int(cells.max()) + 1} voxels of edge {voxel_size:.4g} wide; at most {2**21} fit. Drop "
+            "outliers or enlarge the voxels."
         )
     keys = (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]
     order = torch.argsort(off_center, stable=True)

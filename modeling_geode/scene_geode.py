@@ -2,8 +2,8 @@
 """
 A scene's geometry, its tensors for the model, and its encoding.
 
-[`SceneGeometry`] brings RGB-D frames or a point cloud into the one scene frame of `docs/conventions.md`: right-handed, +z
-up, origin on the floor below the first camera. [`SceneEncoding`] is what the model makes of a scene, once, for many
+[`SceneGeometry`] brings RGB-D frames or a point cloud into the scene frame of `docs/conventions.md`: right-handed, z up,
+origin on the floor below the first camera. [`SceneEncoding`] is what the model makes of a scene once, for many
 questions.
 """
 
@@ -57,19 +57,20 @@ from .scene_inputs_geode import (
     to_tensor,
     upright_rotation,
 )
+from .sonata_geode import prepare_point_cloud
 
 
 FORMAT_VERSION = 1
 # Where metres come from: the input was metric, or the caller knew poses, depth, one length or the camera's height.
 SCALE_SOURCES = ("metric", "poses", "depth", "length", "camera_height", "unknown")
 GRAVITY_SOURCES = ("given", "assumed", "estimated")
-# The floor is this percentile of the points' heights: low enough to lie in the floor's points wherever it is seen, high
-# enough to ignore stray points below it.
+# The floor is this percentile of the points' heights: low enough to lie in the floor's points wherever it is seen,
+# high enough to ignore stray points below it.
 FLOOR_PERCENTILE = 1.0
-# The point encoder serialises voxel indices of at most 16 bits.
-MAX_GRID_CELLS = 2**16 - 1
 
 _TENSORS_FILE, _HEADER_FILE = "geometry.safetensors", "geometry.json"
+_CLOUD_FIELDS = ("points", "colors", "normals", "scene_from_dataset")
+_CAMERA_FIELDS = ("world_from_cam", "intrinsics", "timestamps_s")
 _HEADER_FIELDS = ("image_size", "is_metric", "scale_source", "gravity", "metres_per_unit")
 _ENCODING_KEY = "geode_scene_encoding"
 
@@ -79,8 +80,8 @@ class SceneGeometry:
     """
     Points and cameras of one scene, in the scene frame.
 
-    Build it with [`SceneGeometry.from_rgbd`] or [`SceneGeometry.from_point_cloud`], which bring any input into the scene
-    frame. The constructor takes tensors that are there already and checks them.
+    Build it with [`SceneGeometry.from_rgbd`] or [`SceneGeometry.from_point_cloud`], which bring any input into the
+    scene frame. The constructor takes tensors that are there already and checks them.
 
     Convention:
         - Scene frame ("world"): right-handed, +z up, origin on the floor below the first camera. Cameras: +x right, +y
@@ -118,8 +119,8 @@ class SceneGeometry:
 
     Raises:
         TypeError: If a tensor is missing or has the wrong dtype.
-        ValueError: If shapes disagree, a value is not finite, a pose is not rigid, an intrinsics matrix is not a pinhole,
-            or the cloud is empty or more than 1,000 m wide.
+        ValueError: If shapes disagree, a value is not finite, a pose is not rigid, an intrinsics matrix is not a
+            pinhole, or the cloud is empty or more than 1,000 m wide.
     """
 
     points: torch.Tensor
@@ -142,6 +143,8 @@ class SceneGeometry:
         check_cloud(self.points, self.colors, self.normals)
         check_cameras(self.world_from_cam, self.intrinsics, self.image_size, self.timestamps_s)
         check_rigid("scene_from_dataset", self.scene_from_dataset[None])
+        if not isinstance(self.is_metric, bool):
+            raise TypeError(f"`is_metric` must be True or False, got {self.is_metric!r}.")
         if (self.scale_source == "unknown") == self.is_metric or self.scale_source not in SCALE_SOURCES:
             raise ValueError(
                 f"`scale_source` must be one of {SCALE_SOURCES}, 'unknown' exactly if the scene is not metric; got "
@@ -173,8 +176,8 @@ class SceneGeometry:
         """
         Fuse posed depth maps into one thinned cloud in the scene frame.
 
-        Of each voxel the point nearest to its centre stays, with its colour. Its normal is the mean over the pixels of the
-        voxel that face the same way, which averages out the noise of the sensor.
+        Of each voxel the point nearest to its centre stays, with its colour. Its normal is the mean over the pixels of
+        the voxel that face the same way, which averages out the noise of the sensor.
 
         Args:
             depth (`np.ndarray` or `torch.Tensor` of shape `(num_frames, height, width)`):
@@ -271,8 +274,8 @@ class SceneGeometry:
             colors (`np.ndarray` or `torch.Tensor` of shape `(num_points, 3)`, *optional*):
                 Red, green, blue: uint8, or floating point in [0, 1]. Without them the colours are zeros.
             normals (`np.ndarray` or `torch.Tensor` of shape `(num_points, 3)`, *optional*):
-                Normals of any positive length. Without them they are estimated from 16 neighbours and face the nearest
-                camera, or upwards.
+                Normals of any positive length; a voxel keeps the mean of those that face the same way. Without them
+                they are estimated from 16 neighbours and face the nearest camera, or upwards.
             world_from_cam (`np.ndarray` or `torch.Tensor` of shape `(num_cameras, 4, 4)`, *optional*):
                 Poses in the input's frame, cameras with +x right, +y down, +z forward. Given with `intrinsics`.
             intrinsics (`np.ndarray` or `torch.Tensor` of shape `(num_cameras, 3, 3)`, *optional*):
@@ -280,8 +283,8 @@ class SceneGeometry:
             image_size (`tuple[int, int]`, *optional*):
                 `(height, width)`. Required with cameras.
             up (sequence of 3 `float`, *optional*):
-                Direction against gravity in the input's frame. Without it the first camera is taken to be held upright,
-                or, without cameras, the input's +z to be up; `gravity` is then `"assumed"`.
+                Direction against gravity in the input's frame. Without it the first camera is taken to be held
+                upright, or, without cameras, the input's +z to be up; `gravity` is then `"assumed"`.
             is_metric (`bool`, defaults to `True`):
                 The cloud and the poses are in metres. Otherwise `voxel_size_m` is of the scene scaled to a median
                 camera-to-point distance of 2.5.
@@ -375,7 +378,8 @@ class SceneGeometry:
         """
         if self.is_metric:
             raise ValueError(
-                f"`with_scale` needs a scene of unknown scale, this one is metric (`scale_source`={self.scale_source!r})."
+                "`with_scale` needs a scene of unknown scale, this one is metric "
+                f"(`scale_source`={self.scale_source!r})."
             )
         sources = tuple(name for name in SCALE_SOURCES if name not in ("metric", "unknown"))
         if source not in sources:
@@ -422,16 +426,16 @@ class SceneGeometry:
         """
         The tensors that the model reads, for this one scene.
 
-        A scene of unknown scale is first scaled to a median camera-to-point distance of 2.5, about that of a room. Where
-        the scale is known, `point_coords * exp(log_scale)` are metres.
+        A scene of unknown scale is first scaled to a median camera-to-point distance of 2.5, about that of a room.
+        Where the scale is known, `point_coords * exp(log_scale)` are metres.
 
         Args:
             grid_size (`float`):
                 Voxel edge of the point encoder, in metres.
             max_points (`int`, *optional*):
-                Largest number of voxels. Where there are more, blocks of k x k x k voxels keep the one nearest to their
-                centre, with the smallest k tried that suffices; `grid_size` and the voxel indices stay, since the
-                encoder was trained on them. Nothing is random.
+                Largest number of voxels. Where there are more, blocks of k x k x k voxels keep the one nearest to
+                their centre, with the smallest k tried that suffices; `grid_size` and the voxel indices stay, since
+                the encoder was trained on them. Nothing is random.
             num_cameras (`int`, *optional*):
                 Largest number of cameras, evenly spaced; all by default.
 
@@ -441,22 +445,14 @@ class SceneGeometry:
             `(num_cameras, 11)`, `log_scale` `()` and `scale_known` `()`. Not batched; see [`collate_scenes`].
 
         Raises:
-            ValueError: If a count is below 1, or the cloud is wider than 65,535 voxels.
+            ValueError: If a count is below 1, or the cloud is too wide for the point encoder.
         """
-        from .sonata_geode import prepare_point_cloud
-
         for name, count in (("max_points", max_points), ("num_cameras", num_cameras)):
             if count is not None and count < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {count}.")
         points, world_from_cam = self.points, self.world_from_cam
         if not self.is_metric:
             points, world_from_cam = self._scaled(1 / nominal_unit(points, world_from_cam[:, :3, 3]))
-        extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
-        if extent > MAX_GRID_CELLS * grid_size:
-            raise ValueError(
-                f"The cloud may be at most {MAX_GRID_CELLS} voxels of `grid_size` {grid_size} wide, got {extent:.1f} m. "
-                "Drop outliers."
-            )
         cloud = prepare_point_cloud(points, self.colors * 255, self.normals, grid_size)
         # The encoder's coordinates are centred on the bounding box, with the lowest point at 0.
         shift = box_center(points)
@@ -486,7 +482,7 @@ class SceneGeometry:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name) for name in ("points", "colors", "normals", "scene_from_dataset")}
+        tensors = {name: getattr(self, name) for name in _CLOUD_FIELDS}
         if self.num_cameras:
             tensors |= {"world_from_cam": self.world_from_cam, "intrinsics": self.intrinsics}
         if self.timestamps_s is not None:
@@ -517,8 +513,8 @@ class SceneGeometry:
 
         Raises:
             FileNotFoundError: If the folder or one of its two files is missing.
-            ValueError: If `folder` is a file, the format version is another, the two files do not belong together, or the
-                content is not valid.
+            ValueError: If `folder` is a file, the format version is another, the two files do not belong together, or
+                the content is not valid.
         """
         folder = Path(folder)
         if folder.is_file():
@@ -537,9 +533,10 @@ class SceneGeometry:
                 f"{header.get('tensors_sha256')}. The files are damaged or of two scenes; save the scene again."
             )
         tensors = load_state_dict_from_file(folder / _TENSORS_FILE)
-        missing = sorted(set(_HEADER_FIELDS) - header.keys())
-        if missing:
-            raise ValueError(f"{folder / _HEADER_FILE} lacks {missing}. Save the scene again.")
+        missing = sorted(set(_HEADER_FIELDS) - header.keys() | set(_CLOUD_FIELDS) - tensors.keys())
+        unknown = sorted(tensors.keys() - {*_CLOUD_FIELDS, *_CAMERA_FIELDS})
+        if missing or unknown:
+            raise ValueError(f"The scene in {folder} lacks {missing} and has unknown {unknown}. Save it again.")
         fields = {name: header[name] for name in _HEADER_FIELDS}
         # JSON has lists for tuples.
         fields["image_size"] = tuple(fields["image_size"]) if fields["image_size"] else None
@@ -671,9 +668,9 @@ def collate_scenes(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, to
     Returns:
         `dict[str, torch.Tensor]`: `scene_mask` `(batch_size, num_scenes)`; `point_features`
         `(batch_size, num_scenes, num_points, 9)`, `point_coords` and `point_grid_coords` `(..., num_points, 3)` with
-        `point_mask` `(..., num_points)`; `camera_poses` `(..., num_cameras, 11)` with `camera_mask` `(..., num_cameras)`;
-        `log_scale` and `scale_known` `(batch_size, num_scenes)`. Padding is 0 and False. There is room for at least one
-        camera, even if no scene has any.
+        `point_mask` `(..., num_points)`; `camera_poses` `(..., num_cameras, 11)` with `camera_mask`
+        `(..., num_cameras)`; `log_scale` and `scale_known` `(batch_size, num_scenes)`. Padding is 0 and False. There
+        is room for at least one camera, even if no scene has any.
 
     Raises:
         ValueError: If no sample has a scene.
@@ -744,8 +741,8 @@ def _check_version(header: dict, where: str) -> None:
     version = header.get("format_version") if isinstance(header, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{where} must have `format_version` {FORMAT_VERSION}, got {version!r}. Write it again with this version of geode, "
-            "or update geode."
+            f"{where} must have `format_version` {FORMAT_VERSION}, got {version!r}. Write it again with this version "
+            "of geode, or update geode."
         )
 
 

@@ -2,8 +2,8 @@
 """
 What [`SceneGeometry`] is built from: reading, checking and thinning of inputs. Not a public interface.
 
-Each `to_` function turns an array into a CPU tensor, in float64 where it is geometry. Each `check_` function raises with
-the values that are wrong. A `cloud` is a list of points, colours and, where known, normals.
+Each `to_` function turns an array into a CPU tensor, in float64 where it is geometry. Each `check_` function raises
+with the values that are wrong. A `cloud` is a list of points, colours and, where known, normals.
 """
 
 import math
@@ -40,7 +40,7 @@ def to_tensor(name: str, value) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, (np.ndarray, list, tuple)):
-        # A copy in C order: torch refuses negative strides (`image[..., ::-1]`) and warns about arrays that are read only.
+        # A copy in C order: torch refuses negative strides (`image[..., ::-1]`) and warns about read-only arrays.
         return torch.from_numpy(np.array(value, order="C"))
     raise TypeError(f"`{name}` must be an array or a tensor, got {kind_of(value)}.")
 
@@ -77,8 +77,8 @@ def to_normals(normals, points: torch.Tensor) -> torch.Tensor:
     length = torch.linalg.vector_norm(normals, dim=1, keepdim=True)
     if bool((length == 0).any()):
         raise ValueError(
-            f"`normals` must have positive length, got {int((length == 0).sum())} zeros of {len(normals)}. Leave `normals` "
-            "out to have them estimated."
+            f"`normals` must have positive length, got {int((length == 0).sum())} zeros of {len(normals)}. Leave "
+            "`normals` out to have them estimated."
         )
     return normals / length
 
@@ -105,8 +105,8 @@ def to_images(images, depth: torch.Tensor) -> torch.Tensor | None:
         raise TypeError(f"`images` must be uint8 in 0..255, got {images.dtype}.")
     if tuple(images.shape) != (*depth.shape, 3):
         raise ValueError(
-            f"`images` must have shape {(*depth.shape, 3)} to match `depth`, got {tuple(images.shape)}. Resize them to the "
-            "depth, or the depth (nearest neighbour) and its `intrinsics` (`resize_intrinsics`) to them."
+            f"`images` must have shape {(*depth.shape, 3)} to match `depth`, got {tuple(images.shape)}. Resize them "
+            "to the depth, or the depth (nearest neighbour) and its `intrinsics` (`resize_intrinsics`) to them."
         )
     return images
 
@@ -144,8 +144,8 @@ def check_dtype(name: str, value, dtype: torch.dtype) -> None:
     """Raise unless the value is a CPU tensor of that dtype."""
     if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.device.type != "cpu":
         raise TypeError(
-            f"`{name}` must be a {dtype} tensor on the CPU, got {kind_of(value)}. `SceneGeometry.from_point_cloud` and "
-            "`SceneGeometry.from_rgbd` convert arrays."
+            f"`{name}` must be a {dtype} tensor on the CPU, got {kind_of(value)}. `SceneGeometry.from_point_cloud` "
+            "and `SceneGeometry.from_rgbd` convert arrays."
         )
 
 
@@ -153,8 +153,8 @@ def check_count(count: int, max_input_points: int) -> None:
     """Raise if there are more points than memory is planned for."""
     if count > max_input_points:
         raise ValueError(
-            f"At most `max_input_points`={max_input_points:,} points are taken, got {count:,}. Use fewer frames or thin the "
-            "cloud, or raise the limit if the memory allows."
+            f"At most `max_input_points`={max_input_points:,} points are taken, got {count:,}. Use fewer frames or "
+            "thin the cloud, or raise the limit if the memory allows."
         )
 
 
@@ -168,7 +168,8 @@ def check_depth(depth: torch.Tensor, max_input_points: int) -> None:
     """Raise unless depth is a stack of floating-point maps without negative values."""
     if not depth.is_floating_point():
         raise TypeError(
-            f"`depth` must be floating point, got {depth.dtype}. Sensors store millimetres as integers: divide by 1000."
+            f"`depth` must be floating point, got {depth.dtype}. Sensors store millimetres as integers: divide by "
+            "1000."
         )
     if depth.dim() != 3 or 0 in depth.shape:
         raise ValueError(
@@ -177,8 +178,8 @@ def check_depth(depth: torch.Tensor, max_input_points: int) -> None:
     check_count(depth.numel(), max_input_points)
     if bool((depth < 0).any()):
         raise ValueError(
-            f"`depth` must not be negative, got a minimum of {float(depth[depth < 0].min()):.4g}. Mark invalid pixels with 0; "
-            "cameras look along +z."
+            f"`depth` must not be negative, got a minimum of {float(depth[depth < 0].min()):.4g}. Mark invalid pixels "
+            "with 0; cameras look along +z."
         )
 
 
@@ -238,8 +239,8 @@ def check_rigid(name: str, matrices: torch.Tensor) -> None:
     # Poses written with four decimals are within 1e-3.
     if bool((error > 1e-3).any()) or bool((determinant < 0).any()):
         raise ValueError(
-            f"`{name}` must hold rotations (orthonormal, determinant 1), got an error of {float(error.max()):.3g} and a least "
-            f"determinant of {float(determinant.min()):.3g} at {_which((error > 1e-3) | (determinant < 0))}."
+            f"`{name}` must hold rotations (orthonormal, determinant 1), got an error of {float(error.max()):.3g} and "
+            f"a least determinant of {float(determinant.min()):.3g} at {_which((error > 1e-3) | (determinant < 0))}."
         )
     bottom = matrices[:, 3] != torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=matrices.dtype)
     if bool(bottom.any()):
@@ -275,8 +276,8 @@ def check_extent(points: torch.Tensor) -> None:
     extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
     if extent > MAX_EXTENT_M:
         raise ValueError(
-            f"A metric cloud may be at most {MAX_EXTENT_M:g} m wide, got {extent:.4g} m. Check the unit (millimetres?), drop "
-            "outliers, or pass `is_metric=False`."
+            f"A metric cloud may be at most {MAX_EXTENT_M:g} m wide, got {extent:.4g} m. Check the unit "
+            "(millimetres?), drop outliers, or pass `is_metric=False`."
         )
 
 
@@ -306,7 +307,7 @@ def box_center(points: torch.Tensor) -> torch.Tensor:
 
 
 def nominal_unit(points: torch.Tensor, centers: torch.Tensor) -> float:
-    """Length in the cloud's unit that stands for a nominal metre; without cameras, one in the cloud's middle is assumed."""
+    """Length in the cloud's unit that stands for a nominal metre. Without cameras one is assumed in the middle."""
     if not len(centers):
         centers = box_center(points)[None]
     distance = float(median_camera_distance(points, centers))
@@ -351,7 +352,7 @@ def frame_cloud(depth, keep, image, intrinsics, aligned_from_cam, voxel_size: fl
 
 
 def _thin_by_voxels(cloud: list[torch.Tensor], voxel_size: float, *, origin: torch.Tensor) -> list[torch.Tensor]:
-    """Keep the point nearest to each voxel's centre, with the sum of the voxel's normals that face the way its own does."""
+    """Keep the point nearest to each voxel's centre; its normal becomes the sum of those that face the same way."""
     rows, voxel_of_point = voxel_representatives(cloud[0], voxel_size, origin=origin)
     thinned = [values[rows] for values in cloud]
     if len(cloud) == 3:
@@ -362,7 +363,7 @@ def _thin_by_voxels(cloud: list[torch.Tensor], voxel_size: float, *, origin: tor
 
 
 def thin_cloud(cloud: list[torch.Tensor], voxel_size: float | None, max_points: int | None) -> list[torch.Tensor]:
-    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left. Normals lose their length."""
+    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left. Normals change length."""
     if max_points is not None and max_points < 1:
         raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
     if voxel_size is not None:

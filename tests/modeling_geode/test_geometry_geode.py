@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the pure geometry functions. Oracles: slow loops, invariants and values derived by hand."""
 
+import doctest
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -525,3 +527,10 @@ def test_voxel_representatives_refuse_a_cloud_of_too_many_voxels():
 )
 def test_gradients_equal_finite_differences(function, inputs):
     assert gradcheck(function, tuple(value.clone().requires_grad_() for value in inputs))
+
+
+@pytest.mark.convention
+def test_examples_of_the_conventions_page_hold():
+    page = Path(__file__).resolve().parents[2] / "docs" / "conventions.md"
+    results = doctest.testfile(str(page), module_relative=False)
+    assert (results.failed, results.attempted) == (0, 16)
