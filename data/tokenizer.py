@@ -74,6 +74,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         unk_token=END_OF_TEXT_TOKEN,
         pad_token=END_OF_TEXT_TOKEN,
         eos_token=TURN_END_TOKEN,
+        extra_special_tokens=[TURN_START_TOKEN],
         padding_side="left",
     )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in specials])

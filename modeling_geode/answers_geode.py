@@ -47,7 +47,7 @@ _MENTION = re.compile(rf"(?<![\w'\u2019]){_UNIT_PATTERN}(?!\w)", flags=re.IGNORE
 _UNIT_NAME = re.compile(_UNIT_PATTERN, flags=re.IGNORECASE)
 _SAYS_UNIT = re.compile(r"(?:\b(?:in|how\s+many)\s+|\()$", flags=re.IGNORECASE)
 _QUANTITY = re.compile(r"\d[\s-]*$")
-_ASKS_COUNT = re.compile(r"\bhow\s+many\s+(?P<noun>\w+)|\bnumber\s+of\b|^\s*count\b", flags=re.IGNORECASE)
+_ASKS_COUNT = re.compile(r"\bhow\s+many\b(?:\s+(?P<noun>\w+))?|\bnumber\s+of\b|^\s*count\b", flags=re.IGNORECASE)
 _NOT_COUNTED = frozenset({"degrees", "radians", "seconds", "minutes", "hours", "kilograms", "percent"})
 
 
@@ -108,9 +108,11 @@ def parse_unit(name: str) -> str:
     """
     if not isinstance(name, str):
         raise ValueError(f"`name` must be the name of a unit, got {name!r}. Use 'm', 'cm2', 'count' and the like.")
-    found = _UNIT_NAME.fullmatch(name.strip())
-    if name.strip().lower() in (COUNT, "counts"):
-        return COUNT
+    name = name.strip()
+    # The short form of inches is not a word that a question may use.
+    if name == COUNT or name.rstrip("23") in METRES_PER_UNIT:
+        return name
+    found = _UNIT_NAME.fullmatch(name)
     if found is None:
         raise ValueError(
             f"`name` must be 'count' or a length, area or volume of {sorted(METRES_PER_UNIT)}, got {name!r}."

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processor of GEODE: from chats, images, videos and geometry to model inputs, and from outputs to answers."""
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,8 @@ from .chat_geode import (
     split_rendered,
 )
 from .scene_geode import SceneGeometry, collate_scenes
-from .video_processing_geode import (
-    GeodeImageProcessor,
-    load_frame_sets,
-    load_image,
-    local_path,
-    resize_for_reconstructor,
-)
+from .vggt_processing_geode import preprocess_images
+from .video_processing_geode import GeodeImageProcessor, load_frame_sets, load_image, local_path
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +52,7 @@ class _Medium:
     frames: list[np.ndarray]
     is_scene: bool
     geometry: SceneGeometry | None = None
-    geometry_frames: list[np.ndarray] = field(default_factory=list)
+    geometry_frames: torch.Tensor | None = None
 
 
 @dataclass
@@ -404,7 +400,7 @@ class GeodeProcessor(ProcessorMixin):
             )
         counts = [options.num_frames, options.num_geometry_frames]
         (frames, _), (geometry_frames, _) = load_frame_sets(source, num_frames=counts)
-        resized = [resize_for_reconstructor(frame, self.geometry_frame_size) for frame in geometry_frames]
+        resized = preprocess_images(geometry_frames, image_size=self.geometry_frame_size)
         return _Medium(kind, frames, is_scene=True, geometry_frames=resized)
 
     def _prompt_from_chat(self, chat: list[dict], template: str, settings: dict, options: _Options) -> _Prompt:
@@ -515,7 +511,8 @@ class GeodeProcessor(ProcessorMixin):
 
     def _encode_plain(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        forged = {*self.tokenizer.all_special_ids, *self._token_ids.values()}.intersection(ids)
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        forged = special.intersection(ids)
         if forged:
             raise ValueError(
                 f"The tokenizer makes {self.tokenizer.convert_ids_to_tokens(sorted(forged))} out of plain text. Use a "
@@ -594,13 +591,13 @@ class GeodeProcessor(ProcessorMixin):
                 f"All scenes of a batch must bring geometry, or none: {given} of {len(every)} do. Split the batch, or give "
                 "the rest their `geometry`."
             )
-        sizes = {frame.shape[:2] for medium in every for frame in medium.geometry_frames}
+        sizes = {tuple(medium.geometry_frames.shape[-2:]) for medium in every}
         if len(sizes) > 1:
             raise ValueError(
-                f"Frames for the reconstructor must have one size in a batch, got (height, width) of {sorted(sizes)}. Split "
-                "the batch by aspect ratio, or give `geometry`."
+                f"Frames for the reconstructor must have one size in a batch, got (height, width) of {sorted(sizes)}. "
+                "Split the batch by aspect ratio, or give `geometry`."
             )
-        stacked = [torch.from_numpy(np.stack(medium.geometry_frames)).permute(0, 3, 1, 2) / 255 for medium in every]
+        stacked = [medium.geometry_frames for medium in every]
         data["geometry_frames"], data["geometry_frame_mask"] = _pad_scenes(stacked, scene_mask)
         return data
 
@@ -706,12 +703,11 @@ class GeodeProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # The library looks the image processor up among registered classes and remote code. Its class is known here, so
         # that this class loads with neither. Private hook of transformers, checked on 5.23.
+        own = set(inspect.signature(cls.__init__).parameters)
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
         kwargs.pop("trust_remote_code", None)
-        image_processor = GeodeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return [
-            image_processor,
-            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
-        ]
+        return [GeodeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save as [`ProcessorMixin.save_pretrained`] does, with the code that loads it where `geode` is absent."""

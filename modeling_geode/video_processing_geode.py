@@ -204,35 +204,6 @@ def local_path(source: str | os.PathLike, *, what: str) -> Path:
     return path
 
 
-def resize_for_reconstructor(frame: np.ndarray, width: int, *, patch_size: int = 14) -> np.ndarray:
-    """
-    Resize a frame as VGGT expects: fixed width, aspect ratio kept up to whole patches, tall frames cropped to a square.
-
-    Source: public VGGT, "crop" preprocessing, with PIL's bicubic filter. A height that would round to no patch is one
-    patch.
-
-    Args:
-        frame (`np.ndarray` of shape `(height, width, 3)`):
-            uint8.
-        width (`int`):
-            New width, a multiple of `patch_size`.
-        patch_size (`int`, defaults to 14):
-            Patch side of the reconstructor.
-
-    Returns:
-        `np.ndarray` of shape `(new_height, width, 3)`: uint8, `new_height` a multiple of `patch_size`, at most `width`.
-
-    Raises:
-        ValueError: If `width` is not a multiple of `patch_size`.
-    """
-    if width < 1 or width % patch_size:
-        raise ValueError(f"`width` must be a positive multiple of {patch_size}, got {width}.")
-    height = max(patch_size, round(frame.shape[0] * (width / frame.shape[1]) / patch_size) * patch_size)
-    resized = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
-    top = max(0, (height - width) // 2)
-    return resized[top : top + min(height, width)]
-
-
 # ---- files ----
 
 
@@ -411,6 +382,5 @@ __all__ = [
     "load_image",
     "load_video_frames",
     "local_path",
-    "resize_for_reconstructor",
     "sample_frame_indices",
 ]
