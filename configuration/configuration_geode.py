@@ -154,7 +154,7 @@ class VggtConfig(_CheckedConfig):
         hidden_size (`int`, defaults to 1024): Width of the trunk and of the aggregator.
         num_hidden_layers (`int`, defaults to 24): Alternating layers; each has one frame and one global block.
         num_attention_heads (`int`, defaults to 16): Heads of the aggregator's blocks.
-        mlp_ratio (`float`, defaults to 4): Hidden width of every MLP over the width of its block.
+        mlp_ratio (`float`, defaults to 4): Hidden width of every MLP over the width of its block; a whole number.
         num_register_tokens (`int`, defaults to 4): Register tokens per frame.
         rope_theta (`float`, defaults to 100): Base of the 2-D rotary embedding.
         trunk_num_hidden_layers (`int`, defaults to 24): Blocks of the DINOv2 trunk.
@@ -164,8 +164,10 @@ class VggtConfig(_CheckedConfig):
         camera_num_iterations (`int`, defaults to 4): Refinement rounds of the camera head.
         dense_hidden_size (`int`, defaults to 256): Width of the depth and point heads.
         dense_projection_sizes (`list[int]`): Widths of the four projections of a dense head.
-        tapped_layers (`list[int]`): The four aggregator layers that the heads read; the last one feeds the cameras.
-        frames_chunk_size (`int`, defaults to 8): Frames that a dense head handles at a time. Bounds memory, not results.
+        tapped_layers (`list[int]`): The four aggregator layers that the dense heads read. May repeat; the last entry
+            is the last layer, which also feeds the cameras.
+        frames_chunk_size (`int`, defaults to 8): Frames that the trunk, the frame blocks, the MLPs and the dense heads
+            handle at a time. Bounds memory; results change by rounding at most.
     """
 
     model_type = "geode_vggt"
@@ -191,15 +193,37 @@ class VggtConfig(_CheckedConfig):
     initializer_range: float = 0.02
 
     def validate_architecture(self):
-        """Widths divide into heads, and the tapped layers exist."""
+        """Widths divide into heads and rotary quarters, and the tapped layers exist."""
         _check_divisible(self, "hidden_size", "num_attention_heads")
         _check_divisible(self, "hidden_size", "trunk_num_attention_heads")
         _check_divisible(self, "image_size", "patch_size")
-        _check_positive(self, "frames_chunk_size", "camera_num_iterations")
-        layers = list(self.tapped_layers)
-        if len(layers) != 4 or sorted(layers) != layers or not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers:
+        _check_positive(self, "frames_chunk_size", "camera_num_iterations", "camera_num_hidden_layers", "mlp_ratio")
+        if 2 * self.hidden_size % self.camera_num_attention_heads:
             raise ValueError(
-                f"`VggtConfig.tapped_layers` must be four increasing layers below {self.num_hidden_layers}, got {layers}."
+                f"`VggtConfig.camera_num_attention_heads` must divide twice the `hidden_size` {self.hidden_size}, "
+                f"got {self.camera_num_attention_heads}."
+            )
+        if self.hidden_size // self.num_attention_heads % 4:
+            raise ValueError(
+                "`VggtConfig` needs a `hidden_size` per head that is a multiple of 4 for the 2-D rotary embedding, got "
+                f"{self.hidden_size} for {self.num_attention_heads} heads."
+            )
+        if self.mlp_ratio != int(self.mlp_ratio):
+            raise ValueError(f"`VggtConfig.mlp_ratio` must be a whole number, as the trunk's, got {self.mlp_ratio}.")
+
+    def validate_dense_heads(self):
+        """Four tapped layers exist, and widths divide into the quarters of a position map."""
+        layers = list(self.tapped_layers)
+        if len(layers) != 4 or sorted(layers) != layers or layers[0] < 0 or layers[-1] != self.num_hidden_layers - 1:
+            raise ValueError(
+                "`VggtConfig.tapped_layers` must be four layers in order, the last of them the last layer "
+                f"({self.num_hidden_layers - 1}), got {layers}."
+            )
+        widths = list(self.dense_projection_sizes)
+        if len(widths) != 4 or any(width % 4 for width in widths) or self.dense_hidden_size % 8:
+            raise ValueError(
+                "`VggtConfig` needs four `dense_projection_sizes` that are multiples of 4 and a `dense_hidden_size` that "
+                f"is a multiple of 8, got {widths} and {self.dense_hidden_size}."
             )
 
 
