@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
@@ -195,7 +195,9 @@ def answer_question(
     if geometry is not None and use_geometry:
         part["geometry"] = str(geometry)
     messages = [{"role": "user", "content": [part, {"type": "text", "text": question}]}]
-    options = {"use_geometry": use_geometry} | ({} if num_frames is None else {"num_frames": num_frames})
+    options: dict[str, Any] = {"use_geometry": use_geometry}
+    if num_frames is not None:
+        options["num_frames"] = num_frames
     inputs = checkpoint.processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )

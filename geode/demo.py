@@ -55,7 +55,8 @@ def run_demo(out: str | os.PathLike) -> None:
     folder = embedded_scene()
     rows = read_questions(folder / "questions.jsonl")
     checkpoint = load_checkpoint()
-    comparisons, boxes = [], []
+    comparisons: list[Comparison] = []
+    boxes: list[tuple[str, object]] = []
     for row in rows:
         timed = answer_question(checkpoint, folder / "room.mp4", prompt_of(row), geometry=folder / GEOMETRY_FOLDER)
         comparison = compare(row, timed.answer)
@@ -98,18 +99,18 @@ def compare(row: dict, answer: Answer) -> Comparison:
     """
     said = " ".join(answer.text.split())
     if row.get("box") is not None:
-        truth = Box3D.from_values(row["box"])
+        box = Box3D.from_values(row["box"])
         if not answer.boxes:
-            return Comparison("box", said, truth.text, None)
-        return Comparison("box", answer.boxes[0].text, truth.text, math.dist(answer.boxes[0].center, truth.center))
+            return Comparison("box", said, box.text, None)
+        return Comparison("box", answer.boxes[0].text, box.text, math.dist(answer.boxes[0].center, box.center))
     if row.get("value") is not None:
-        truth = with_unit(row["value"], row["unit"])
-        measured = next((value for value in answer.values if value.unit == row["unit"]), None)
-        if measured is None:
-            return Comparison("number", said, truth, None)
-        error = abs(measured.value - row["value"])
-        relative = error / abs(row["value"]) if row["value"] else None
-        return Comparison("number", with_unit(measured.value, measured.unit), truth, error, relative)
+        truth, unit = row["value"], row["unit"]
+        found = [item.value for item in answer.values if item.unit == unit and isinstance(item.value, float)]
+        if not found:
+            return Comparison("number", said, with_unit(truth, unit), None)
+        error = abs(found[0] - truth)
+        relative = error / abs(truth) if truth else None
+        return Comparison("number", with_unit(found[0], unit), with_unit(truth, unit), error, relative)
     return Comparison("choice", said, row["ground_truth"], float(said[:1].upper() != row["ground_truth"]))
 
 
