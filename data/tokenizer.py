@@ -41,8 +41,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         texts (`Iterable[str]`):
             Texts to learn from.
         vocab_size (`int`):
-            Largest number of tokens, the 256 bytes and the special tokens included. Fewer come out where the texts have no
-            more pairs to merge.
+            Largest number of tokens, the 256 bytes and the special tokens included. Fewer come out where the texts
+            have no more pairs to merge.
 
     Returns:
         [`Qwen2Tokenizer`]: Padding is `<|endoftext|>` and on the left; `<|im_end|>` ends a sequence.
@@ -86,8 +86,8 @@ def add_geode_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     Add GEODE's tokens to a tokenizer of Qwen2's kind, in place, where they are absent.
 
     Its other special tokens stay special. Each of GEODE's tokens becomes an attribute: `tokenizer.rationale_token` is
-    `<spatio>`, and `tokenizer.rationale_token_id` its identifier; see `TOKEN_ATTRIBUTES`. Twice is the same as once. The
-    embedding of the model may have to grow: compare its rows with `len(tokenizer)`.
+    `<spatio>`, and `tokenizer.rationale_token_id` its identifier; see `TOKEN_ATTRIBUTES`. Twice is the same as once.
+    The embedding of the model may have to grow: compare its rows with `len(tokenizer)`.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -105,16 +105,13 @@ def add_geode_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     absent = [token for token in (TURN_START_TOKEN, TURN_END_TOKEN) if token not in special]
     if absent:
         raise ValueError(
-            f"`tokenizer` must have the special tokens {TURN_START_TOKEN} and {TURN_END_TOKEN} of Qwen2's chat form, and it "
-            f"lacks {absent}. Take one of Qwen2, Qwen2.5 or InternVL3."
+            f"`tokenizer` must have the special tokens {TURN_START_TOKEN} and {TURN_END_TOKEN} of Qwen2's chat form, "
+            f"and it lacks {absent}. Take one of Qwen2, Qwen2.5 or InternVL3."
         )
     # A token that is there but not special, as in some tokenizers, becomes special and keeps its identifier.
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in TOKEN_ATTRIBUTES.values()])
-    named = {
-        name: token for name, token in TOKEN_ATTRIBUTES.items() if tokenizer.special_tokens_map.get(name) != token
-    }
     # The public way to name special tokens is to load a tokenizer with them. Checked on transformers 5.23.
-    tokenizer._set_model_specific_special_tokens(special_tokens=named)
+    tokenizer._set_model_specific_special_tokens(special_tokens=TOKEN_ATTRIBUTES)
     return tokenizer
 
 

@@ -22,8 +22,8 @@ METRES_PER_UNIT = {
     "yd": 0.9144,
 }
 COUNT = "count"
-# The words of each unit. The second entry holds words that also mean something else ("the foot of the bed", "I'm"): they
-# are units only where the question says so ("in feet", "how many feet", "(ft)").
+# The words of each unit. The second entry holds words that also mean something else ("the foot of the bed", "I'm"):
+# they are units only where the question says so ("in feet", "how many feet", "(ft)").
 _UNIT_WORDS = {
     "m": (("meters", "metres", "meter", "metre"), ("m",)),
     "cm": (("centimeters", "centimetres", "centimeter", "centimetre", "cms", "cm"), ()),
@@ -64,8 +64,8 @@ def asked_unit(question: str) -> str | None:
             The question, in English.
 
     Returns:
-        `str`, *optional*: `"count"`, or one of `"m"`, `"cm"`, `"mm"`, `"km"`, `"in"`, `"ft"`, `"yd"`, with `"2"` or `"3"`
-        appended for squares and cubes, such as `"m2"`. None if the question names none.
+        `str`, *optional*: `"count"`, or one of `"m"`, `"cm"`, `"mm"`, `"km"`, `"in"`, `"ft"`, `"yd"`, with `"2"` or
+        `"3"` appended for squares and cubes, such as `"m2"`. None if the question names none.
 
     Example:
         >>> from geode.modeling_geode.answers_geode import asked_unit
@@ -110,7 +110,7 @@ def parse_unit(name: str) -> str:
         raise ValueError(f"`name` must be the name of a unit, got {name!r}. Use 'm', 'cm2', 'count' and the like.")
     name = name.strip()
     # The short form of inches is not a word that a question may use.
-    if name == COUNT or name.rstrip("23") in METRES_PER_UNIT:
+    if name == COUNT or name in METRES_PER_UNIT or (name[-1:] in ("2", "3") and name[:-1] in METRES_PER_UNIT):
         return name
     found = _UNIT_NAME.fullmatch(name)
     if found is None:
@@ -215,8 +215,8 @@ def _checked_number(value: float) -> float:
     value = float(value)
     if not math.isfinite(value):
         raise ValueError(
-            f"`value` must be a finite number, got {value}. A regression head that gives this is not trained, or was fed "
-            "non-finite inputs."
+            f"`value` must be a finite number, got {value}. A regression head that gives this is not trained, or was "
+            "fed non-finite inputs."
         )
     return value + 0.0
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from geode.configuration.configuration_geode import default_control_tokens
+
 from .answers_geode import convert_to_si
 
 
@@ -49,8 +51,10 @@ _PART_KEYS = {
     "text": {"text"},
     "image": {"image", "path", "url", "geometry"},
     "video": {"video", "path", "url", "geometry"},
+    "scene": {"scene"},
     "value": {"token", "value", "unit"},
 }
+_VISUAL_TYPES = ("image", "video", "scene")
 PLACEHOLDER = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_PLACEHOLDER)}")
 # What a text part becomes while the template runs: its number between two private-use characters. The text itself is
 # absent then, so nothing that a user writes can act as markup.
@@ -64,6 +68,33 @@ class PromptPiece(NamedTuple):
     text: str
     is_trusted: bool
     is_generated: bool
+
+
+def special_token_ids(tokens: Sequence[str], tokenizer) -> dict[str, int]:
+    """Return the identifiers of tokens that must be special, or the text of users could hold them."""
+    known = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    missing = [token for token in tokens if token not in known]
+    if missing:
+        raise ValueError(
+            f"The tokenizer lacks the special tokens {missing}. Add them with `geode.data.tokenizer.add_geode_tokens`."
+        )
+    return {token: known[token] for token in tokens}
+
+
+def with_token_ids(control_tokens: dict[str, dict] | None, tokenizer) -> dict[str, dict]:
+    """Check the ids of control tokens against the tokenizer; the defaults take the tokenizer's."""
+    is_default = control_tokens is None
+    entries = default_control_tokens() if is_default else control_tokens
+    ids = special_token_ids(list(entries), tokenizer)
+    if is_default:
+        return {token: {**entry, "token_id": ids[token]} for token, entry in entries.items()}
+    for token, entry in entries.items():
+        if entry["token_id"] != ids[token]:
+            raise ValueError(
+                f"`control_tokens[{token!r}]` has `token_id` {entry['token_id']}, and the tokenizer has "
+                f"{ids[token]}. Take the tokenizer that belongs to the configuration."
+            )
+    return entries
 
 
 def checked_chat(chat, control_tokens: Mapping[str, dict]) -> list[dict]:
@@ -90,8 +121,6 @@ def checked_chat(chat, control_tokens: Mapping[str, dict]) -> list[dict]:
 
 def _checked_part(part, role: str, control_tokens: Mapping[str, dict]) -> dict:
     """Return a part without its None entries, which columns of unlike parts have in a dataset."""
-    if isinstance(part, str):
-        part = {"type": "text", "text": part}
     part = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     kind = part.get("type")
     if kind not in _PART_KEYS:
@@ -105,6 +134,9 @@ def _checked_part(part, role: str, control_tokens: Mapping[str, dict]) -> dict:
         given = [key for key in MEDIA_KEYS[kind] if key in part]
         if len(given) != 1:
             raise ValueError(f"A part of type {kind!r} needs exactly one of {MEDIA_KEYS[kind]}, got {given}.")
+    if kind == "scene" and "scene" not in part:
+        raise ValueError("A part of type 'scene' needs a `scene`, what `model.encode_scene` returned.")
+    if kind in _VISUAL_TYPES:
         if role != "user":
             raise ValueError(f"A part of type {kind!r} belongs into a user turn, got one in a turn of {role!r}.")
     if kind == "value":
@@ -131,14 +163,16 @@ def si_values(part: Mapping[str, Any], entry: Mapping[str, Any]) -> list[float]:
 def ordered_parts(chat: list[dict]) -> Iterator[dict]:
     """Yield the parts in the order of the prompt: in each turn the media first."""
     for turn in chat:
-        yield from (part for part in turn["content"] if part["type"] in MEDIA_KEYS)
-        yield from (part for part in turn["content"] if part["type"] not in MEDIA_KEYS)
+        yield from (part for part in turn["content"] if part["type"] in _VISUAL_TYPES)
+        yield from (part for part in turn["content"] if part["type"] not in _VISUAL_TYPES)
 
 
 def for_template(chat: list[dict], texts: list[str] | None = None) -> list[dict]:
     """Return what the template sees. With `texts`, each text goes there and a sentinel into its place."""
 
     def visible(part: dict) -> dict:
+        if part["type"] == "scene":
+            return {"type": "video"}
         if part["type"] != "text":
             return {key: part[key] for key in ("type", "token") if key in part}
         if texts is None:
@@ -197,5 +231,7 @@ __all__ = [
     "ordered_parts",
     "render_chat",
     "si_values",
+    "special_token_ids",
     "split_rendered",
+    "with_token_ids",
 ]

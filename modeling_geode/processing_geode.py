@@ -13,8 +13,6 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from geode.configuration.configuration_geode import default_control_tokens
-
 from .answers_geode import Answer, asked_unit
 from .chat_geode import (
     CHAT_TEMPLATE,
@@ -34,7 +32,9 @@ from .chat_geode import (
     ordered_parts,
     render_chat,
     si_values,
+    special_token_ids,
     split_rendered,
+    with_token_ids,
 )
 from .scene_geode import SceneGeometry, collate_scenes
 from .vggt_processing_geode import preprocess_images
@@ -46,11 +46,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class _Medium:
-    """An image or a video. With geometry, and always for a video, it is a scene."""
+    """An image or a video. With geometry, and always for a video, it is a scene. One that is encoded has no pixels."""
 
     kind: str
+    num_frames: int
     frames: list[np.ndarray]
     is_scene: bool
+    num_rationale_tokens: int = 0
     geometry: SceneGeometry | None = None
     geometry_frames: torch.Tensor | None = None
 
@@ -90,8 +92,8 @@ class GeodeProcessor(ProcessorMixin):
     """
     Turns chats about images, videos and 3D scenes into model inputs, and model outputs into answers.
 
-    [`~GeodeProcessor.apply_chat_template`] with `tokenize=True` is the way for text that users wrote: no special token of
-    the tokenizer can come out of it. `__call__` and `tokenize=False` take and give *trusted* text, in which special
+    [`~GeodeProcessor.apply_chat_template`] with `tokenize=True` is the way for text that users wrote: no special token
+    of the tokenizer can come out of it. `__call__` and `tokenize=False` take and give *trusted* text, in which special
     tokens are tokens.
 
     > Parameters of the parts
@@ -100,8 +102,8 @@ class GeodeProcessor(ProcessorMixin):
         image_processor ([`GeodeImageProcessor`]):
             Resizes and normalises images and frames.
         tokenizer (`PreTrainedTokenizerBase`):
-            A Qwen2-like tokenizer with GEODE's tokens, see `geode.data.tokenizer.add_geode_tokens`. Its `padding_side` is
-            respected: generation needs `"left"`.
+            A Qwen2-like tokenizer with GEODE's tokens, see `geode.data.tokenizer.add_geode_tokens`. Its
+            `padding_side` is respected: generation needs `"left"`.
         chat_template (`str`, *optional*):
             Jinja template; the default is Qwen2's ChatML form with a turn's media before its text.
 
@@ -158,10 +160,10 @@ class GeodeProcessor(ProcessorMixin):
         self.question_conditioned = question_conditioned
         for name in ("num_frames", "num_geometry_frames", "num_rationale_tokens", "image_seq_length"):
             _check_count(name, getattr(self, name))
-        self.control_tokens = _with_token_ids(control_tokens, tokenizer)
+        self.control_tokens = with_token_ids(control_tokens, tokenizer)
         self.image_token, self.rationale_token = IMAGE_TOKEN, RATIONALE_TOKEN
         needed = [IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, RATIONALE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN]
-        self._token_ids = _special_token_ids([*needed, *self.control_tokens], tokenizer)
+        self._token_ids = special_token_ids([*needed, *self.control_tokens], tokenizer)
         self.image_token_id = self._token_ids[IMAGE_TOKEN]
         self.rationale_token_id = self._token_ids[RATIONALE_TOKEN]
 
@@ -171,39 +173,40 @@ class GeodeProcessor(ProcessorMixin):
         """
         Make model inputs from trusted text.
 
-        The text is taken as it is: special tokens in it are tokens. Use [`~GeodeProcessor.apply_chat_template`] for text
-        that you did not write.
+        The text is taken as it is: special tokens in it are tokens. Use [`~GeodeProcessor.apply_chat_template`] for
+        text that you did not write.
 
         Args:
             images (`list`, *optional*):
                 One image for each `<IMG_CONTEXT>` in `text`, in order over all texts; nested lists are flattened. See
                 `load_image` for what an image may be.
             text (`str` or `list[str]`):
-                Prompts. `<IMG_CONTEXT>` stands for an image and `<video>` for a video; the processor writes the rest of
-                the markup.
+                Prompts. `<IMG_CONTEXT>` stands for an image and `<video>` for a video; the processor writes the rest
+                of the markup.
             videos (`list`, *optional*):
-                One video for each `<video>` in `text`, in order over all texts. See `load_video_frames` for what a video
-                may be. A video that is a list of frames must stand in a list of videos.
+                One video for each `<video>` in `text`, in order over all texts. See `load_video_frames` for what a
+                video may be. A video that is a list of frames must stand in a list of videos.
             geometry (`list`, *optional*):
                 For each video its geometry (a [`SceneGeometry`] or a saved one's folder) or None.
             **kwargs:
                 Options of the call:
 
-                - `num_frames`, `num_geometry_frames`, `num_rationale_tokens` (`int`) override the processor's own; the last
-                  may only be lowered.
-                - `use_geometry` (`bool`, defaults to `True`): False leaves geometry and rationale tokens out, even where
-                  geometry is given.
+                - `num_frames`, `num_geometry_frames`, `num_rationale_tokens` (`int`) override the processor's own;
+                  the last may only be lowered.
+                - `use_geometry` (`bool`, defaults to `True`): False leaves geometry and rationale tokens out, even
+                  where geometry is given.
                 - `padding_side` (`str`): `"left"` or `"right"`; default of the tokenizer.
                 - `padding` (`bool`, defaults to `True`): Rows are padded to the longest; False is an error where they
                   differ.
                 - `return_tensors` (`str`): `"pt"` or None. Tensors are PyTorch's in both cases.
 
         Returns:
-            [`BatchFeature`]: `input_ids`, `attention_mask`, and where there are media `mm_token_type_ids` with
-            `pixel_values`, `pixel_values_videos` and the tensors of scenes. See `docs/architecture.md`.
+            [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`; with media
+            also `mm_token_type_ids` (1 at images, 2 at scenes), `pixel_values`, and what `get_rationale_features` takes.
 
         Raises:
-            ValueError: If the numbers of placeholders and media differ, or a scene has no geometry and no reconstructor.
+            ValueError: If the numbers of placeholders and media differ, or a scene has no geometry and no
+            reconstructor.
         """
         if text is None:
             raise ValueError(
@@ -251,18 +254,21 @@ class GeodeProcessor(ProcessorMixin):
         """
         Render chats, and with `tokenize=True` make model inputs from them.
 
-        Text parts never become special tokens when tokenised here, whatever they contain. A turn's media come before its
-        text, in any order of its parts.
+        Text parts never become special tokens when tokenised here, whatever they contain. A turn's media come before
+        its text, in any order of its parts.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
                 Turns with `role` (`"system"`, `"user"` or `"assistant"`) and `content`, a string or a list of parts:
 
                 - `{"type": "text", "text": ...}`;
-                - `{"type": "image", "image" | "path" | "url": ...}` and `{"type": "video", "video" | "path" | "url": ...}`
-                  in user turns, with an optional `"geometry"`: a [`SceneGeometry`] or a saved one's folder;
-                - `{"type": "value", "token": "<REG>", "value": 2.31, "unit": "m"}` in assistant turns: a value to learn or
-                  to remember. Without a unit it is in SI. A box is a list of cx, cy, cz, dx, dy, dz in metres and yaw.
+                - `{"type": "image", "image" | "path" | "url": ...}` and `{"type": "video", "video" | "path" | "url":
+                  ...}` in user turns, with an optional `"geometry"`: a [`SceneGeometry`] or a saved one's folder;
+                - `{"type": "scene", "scene": ...}` in user turns: what `model.encode_scene` returned, in place of its
+                  video;
+                - `{"type": "value", "token": "<REG>", "value": 2.31, "unit": "m"}` in assistant turns: a value to
+                  learn or to remember. Without a unit it is in SI. A box is a list of cx, cy, cz, dx, dy, dz in
+                  metres and yaw.
             chat_template (`str`, *optional*):
                 Another template than the processor's.
             tools (*optional*):
@@ -287,16 +293,18 @@ class GeodeProcessor(ProcessorMixin):
                 The same options, as keywords.
 
         Returns:
-            `str` or `list[str]` if `tokenize` is False, otherwise [`BatchFeature`] or `torch.Tensor` with a batch axis.
+            `str` or `list[str]` if `tokenize` is False, otherwise [`BatchFeature`] or `torch.Tensor` with a batch
+            axis.
 
         Raises:
             ValueError: If a conversation is not as described.
         """
         if tools or documents:
             raise ValueError("`tools` and `documents` are not supported. Write what they say into a system turn.")
-        kwargs.pop("sanitize_control_tokens", None)
         options = self._options({**(processor_kwargs or {}), "return_tensors": _tensors(return_tensors), **kwargs})
-        is_batched = len(conversation) > 0 and isinstance(conversation[0], list | tuple)
+        is_batched = isinstance(conversation, list | tuple) and any(
+            isinstance(chat, list | tuple) for chat in conversation
+        )
         chats = [checked_chat(chat, self.control_tokens) for chat in (conversation if is_batched else [conversation])]
         template = self._template(chat_template)
         settings = {
@@ -332,11 +340,12 @@ class GeodeProcessor(ProcessorMixin):
                 `num_frames`, `num_geometry_frames` and `use_geometry`, see `__call__`.
 
         Returns:
-            [`BatchFeature`]: `pixel_values_videos` of shape `(1, 1, num_frames, 3, height, width)` and the other tensors of
-            the scene.
+            [`BatchFeature`]: `pixel_values_videos` of shape `(1, 1, num_frames, 3, height, width)` and the other
+            tensors of the scene.
 
         Raises:
-            ValueError: If both or none of `video` and `frames` are given, or there is no geometry and no reconstructor.
+            ValueError: If both or none of `video` and `frames` are given, or there is no geometry and no
+            reconstructor.
         """
         if (video is None) == (frames is None):
             raise ValueError("Exactly one of `video` and `frames` must be given.")
@@ -358,8 +367,8 @@ class GeodeProcessor(ProcessorMixin):
             _check_count(name, getattr(options, name))
         if options.num_rationale_tokens > self.num_rationale_tokens:
             raise ValueError(
-                f"`num_rationale_tokens` may be at most {self.num_rationale_tokens}, the number that the model has, got "
-                f"{options.num_rationale_tokens}."
+                f"`num_rationale_tokens` may be at most {self.num_rationale_tokens}, the number that the model has, "
+                f"got {options.num_rationale_tokens}."
             )
         if options.padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` must be 'left' or 'right', got {options.padding_side!r}.")
@@ -387,26 +396,42 @@ class GeodeProcessor(ProcessorMixin):
         if geometry is not None and not hasattr(geometry, "to_model_inputs"):
             raise TypeError(f"`geometry` must be a SceneGeometry or the path of one, got {type(geometry).__name__}.")
         if kind == "image":
-            return _Medium(kind, [load_image(source)], is_scene=geometry is not None, geometry=geometry)
+            is_scene = geometry is not None
+            return _Medium(kind, 1, [load_image(source)], is_scene, is_scene * options.num_rationale_tokens, geometry)
+        num_rationale_tokens = options.use_geometry * options.num_rationale_tokens
         if geometry is not None or not options.use_geometry:
             ((frames, _),) = load_frame_sets(source, num_frames=[options.num_frames])
-            return _Medium(kind, frames, is_scene=True, geometry=geometry)
+            return _Medium(kind, len(frames), frames, True, num_rationale_tokens, geometry)
         if self.geometry_frame_size is None:
             raise ValueError(
                 "A video needs geometry, and neither was any given nor has this model a reconstructor. Give "
-                "`geometry=...` (a SceneGeometry or the path of one) with the video, attach a reconstructor to the model "
-                "and set the processor's `geometry_frame_size`, or pass `use_geometry=False` to answer from the pictures "
-                "alone."
+                "`geometry=...` (a SceneGeometry or the path of one) with the video, attach a reconstructor to the "
+                "model and set the processor's `geometry_frame_size`, or pass `use_geometry=False` to answer from "
+                "the pictures alone."
             )
         counts = [options.num_frames, options.num_geometry_frames]
         (frames, _), (geometry_frames, _) = load_frame_sets(source, num_frames=counts)
         resized = preprocess_images(geometry_frames, image_size=self.geometry_frame_size)
-        return _Medium(kind, frames, is_scene=True, geometry_frames=resized)
+        return _Medium(kind, len(frames), frames, True, num_rationale_tokens, geometry_frames=resized)
+
+    def _encoded_medium(self, scene, options: _Options) -> _Medium:
+        """Return the place of a scene that the model has encoded already."""
+        if not hasattr(scene, "rationale_tokens"):
+            raise TypeError(f"`scene` must be a SceneEncoding, got {type(scene).__name__}.")
+        stored = 0 if scene.rationale_tokens is None else len(scene.rationale_tokens)
+        needed = options.num_rationale_tokens * (options.use_geometry and stored > 0)
+        if needed > stored:
+            raise ValueError(
+                f"`num_rationale_tokens` may be at most {stored}, the number that the encoded scene has, got {needed}."
+            )
+        return _Medium("video", scene.num_frames, [], is_scene=True, num_rationale_tokens=needed)
 
     def _prompt_from_chat(self, chat: list[dict], template: str, settings: dict, options: _Options) -> _Prompt:
         texts, media, values = [], [], []
         for part in ordered_parts(chat):
-            if part["type"] in MEDIA_KEYS:
+            if part["type"] == "scene":
+                media.append(self._encoded_medium(part["scene"], options))
+            elif part["type"] in MEDIA_KEYS:
                 source = next(part[key] for key in MEDIA_KEYS[part["type"]] if key in part)
                 media.append(self._load_medium(part["type"], source, part.get("geometry"), options))
             elif part["type"] == "value":
@@ -425,7 +450,7 @@ class GeodeProcessor(ProcessorMixin):
         return_assistant_tokens_mask: bool = False,
     ) -> BatchFeature:
         """Tokenise and pad prompts, and add their pixels, scenes, values and questions."""
-        rows = [self._tokenize(prompt, options) for prompt in prompts]
+        rows = [self._tokenize(prompt) for prompt in prompts]
         lengths = {len(row.input_ids) for row in rows}
         if not options.padding and len(lengths) > 1:
             raise ValueError(f"Rows of lengths {sorted(lengths)} make no tensor. Pass `padding=True`.")
@@ -444,9 +469,10 @@ class GeodeProcessor(ProcessorMixin):
         if any(prompt.media for prompt in prompts):
             data["mm_token_type_ids"] = _pad([row.mm_token_type_ids for row in rows], 0, side)
         images = [medium.frames[0] for prompt in prompts for medium in prompt.media if not medium.is_scene]
+        # The pixels of encoded scenes are not needed again.
         if images:
             data["pixel_values"] = self._pixels(images)
-        scenes = [[medium for medium in prompt.media if medium.is_scene] for prompt in prompts]
+        scenes = [[medium for medium in prompt.media if medium.is_scene and medium.frames] for prompt in prompts]
         if any(scenes):
             data |= self._scene_inputs(scenes, options)
         if any(prompt.values for prompt in prompts):
@@ -457,13 +483,11 @@ class GeodeProcessor(ProcessorMixin):
             data["question_attention_mask"] = _pad([[1] * len(question) for question in questions], 0, side)
         return BatchFeature(data)
 
-    def _tokenize(self, prompt: _Prompt, options: _Options) -> _Row:
+    def _tokenize(self, prompt: _Prompt) -> _Row:
         input_ids, is_generated, pending = [], [], iter(prompt.media)
         for piece in prompt.pieces:
             if piece.is_trusted:
-                expanded = PLACEHOLDER.sub(
-                    lambda match: self._expand(match[0], next(pending, None), options), piece.text
-                )
+                expanded = PLACEHOLDER.sub(lambda match: self._expand(match[0], next(pending, None)), piece.text)
                 ids = self._encode(expanded)
             else:
                 ids = self._encode_plain(piece.text)
@@ -472,38 +496,36 @@ class GeodeProcessor(ProcessorMixin):
         types = [
             kind
             for medium in prompt.media
-            for kind in [1 + medium.is_scene] * (len(medium.frames) * self.image_seq_length)
+            for kind in [1 + medium.is_scene] * (medium.num_frames * self.image_seq_length)
         ]
-        num_rationale_tokens = (
-            options.use_geometry * options.num_rationale_tokens * sum(medium.is_scene for medium in prompt.media)
-        )
+        num_rationale_tokens = sum(medium.num_rationale_tokens for medium in prompt.media)
         for token, expected in ((IMAGE_TOKEN, len(types)), (RATIONALE_TOKEN, num_rationale_tokens)):
             found = input_ids.count(self._token_ids[token])
             if found != expected:
                 raise ValueError(
-                    f"The prompt must have {expected} `{token}` for its media, and it has {found}. The chat template or "
-                    "text must name each medium once and leave the markup to the processor."
+                    f"The prompt must have {expected} `{token}` for its media, and it has {found}. The chat template "
+                    "or text must name each medium once and leave the markup to the processor."
                 )
         pending_types = iter(types)
         mm_token_type_ids = [next(pending_types) if token == self.image_token_id else 0 for token in input_ids]
         self._check_values(input_ids, prompt.values)
         return _Row(input_ids, is_generated, mm_token_type_ids)
 
-    def _expand(self, placeholder: str, medium: _Medium | None, options: _Options) -> str:
+    def _expand(self, placeholder: str, medium: _Medium | None) -> str:
         """The markup of one medium, without the newline that ends it."""
         kind = "image" if placeholder == IMAGE_TOKEN else "video"
         if medium is None or medium.kind != kind:
             raise ValueError(
                 f"The chat template wrote `{placeholder}` where the conversation has "
-                f"{'no further medium' if medium is None else 'a ' + medium.kind}. It must keep the order of the media."
+                f"{'no further medium' if medium is None else medium.kind}. It must keep the order of the media."
             )
         picture = IMAGE_START_TOKEN + IMAGE_TOKEN * self.image_seq_length + IMAGE_END_TOKEN
         if kind == "image":
             text = picture
         else:
-            text = "\n".join(f"Frame{index}: {picture}" for index in range(1, len(medium.frames) + 1))
-        if medium.is_scene and options.use_geometry:
-            text += "\n" + RATIONALE_TOKEN * options.num_rationale_tokens
+            text = "\n".join(f"Frame{index}: {picture}" for index in range(1, medium.num_frames + 1))
+        if medium.num_rationale_tokens:
+            text += "\n" + RATIONALE_TOKEN * medium.num_rationale_tokens
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -530,8 +552,8 @@ class GeodeProcessor(ProcessorMixin):
         found = sum(token in control_ids for token in input_ids)
         if values is not None and found != len(values):
             raise ValueError(
-                f"The conversation has {len(values)} value parts and its prompt {found} control tokens. The chat template "
-                "must write the token of each value part once."
+                f"The conversation has {len(values)} value parts and its prompt {found} control tokens. The chat "
+                "template must write the token of each value part once."
             )
 
     def _regression_targets(self, input_ids: torch.Tensor, prompts: Sequence[_Prompt]) -> torch.Tensor:
@@ -588,8 +610,8 @@ class GeodeProcessor(ProcessorMixin):
         if any(medium.geometry is not None for medium in every):
             given = sum(medium.geometry is not None for medium in every)
             raise ValueError(
-                f"All scenes of a batch must bring geometry, or none: {given} of {len(every)} do. Split the batch, or give "
-                "the rest their `geometry`."
+                f"All scenes of a batch must bring geometry, or none: {given} of {len(every)} do. Split the batch, "
+                "or give the rest their `geometry`."
             )
         sizes = {tuple(medium.geometry_frames.shape[-2:]) for medium in every}
         if len(sizes) > 1:
@@ -613,8 +635,8 @@ class GeodeProcessor(ProcessorMixin):
 
         Args:
             output (`GeodeGenerateOutput`):
-                The result of `generate(..., return_dict_in_generate=True)`. A tensor of sequences will do if no control
-                token was generated.
+                The result of `generate(..., return_dict_in_generate=True)`. A tensor of sequences will do if no
+                control token was generated.
             input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
                 The prompts.
             skip_special_tokens (`bool`, defaults to `True`):
@@ -630,8 +652,8 @@ class GeodeProcessor(ProcessorMixin):
         num_prompts = len(input_ids)
         if num_prompts == 0 or len(sequences) % num_prompts:
             raise ValueError(
-                f"`output` must have a whole number of sequences for each of the {num_prompts} prompts in `input_ids`, got "
-                f"{len(sequences)}."
+                f"`output` must have a whole number of sequences for each of the {num_prompts} prompts in "
+                f"`input_ids`, got {len(sequences)}."
             )
         prompt_length = input_ids.shape[1] if isinstance(output, torch.Tensor) else output.prompt_length
         units = [
@@ -701,8 +723,8 @@ class GeodeProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # The library looks the image processor up among registered classes and remote code. Its class is known here, so
-        # that this class loads with neither. Private hook of transformers, checked on 5.23.
+        # The library looks the image processor up among registered classes and remote code. Its class is known here,
+        # so that this class loads with neither. Private hook of transformers, checked on 5.23.
         own = set(inspect.signature(cls.__init__).parameters)
         kwargs = {name: value for name, value in kwargs.items() if name not in own}
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
@@ -728,32 +750,6 @@ class GeodeProcessor(ProcessorMixin):
 def _check_count(name: str, value) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-
-
-def _special_token_ids(tokens: Sequence[str], tokenizer) -> dict[str, int]:
-    known = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    missing = [token for token in tokens if token not in known]
-    if missing:
-        raise ValueError(
-            f"The tokenizer lacks the special tokens {missing}. Add them with `geode.data.tokenizer.add_geode_tokens`."
-        )
-    return {token: known[token] for token in tokens}
-
-
-def _with_token_ids(control_tokens: dict[str, dict] | None, tokenizer) -> dict[str, dict]:
-    """Check the ids of control tokens against the tokenizer; the defaults take the tokenizer's."""
-    is_default = control_tokens is None
-    entries = default_control_tokens() if is_default else control_tokens
-    ids = _special_token_ids(list(entries), tokenizer)
-    if is_default:
-        return {token: {**entry, "token_id": ids[token]} for token, entry in entries.items()}
-    for token, entry in entries.items():
-        if entry["token_id"] != ids[token]:
-            raise ValueError(
-                f"`control_tokens[{token!r}]` has `token_id` {entry['token_id']}, and the tokenizer has {ids[token]}. Take "
-                "the tokenizer that belongs to the configuration."
-            )
-    return entries
 
 
 def _tensors(return_tensors: str | None) -> str:
@@ -788,7 +784,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
 
 
 def _pad_scenes(stacks: Sequence[torch.Tensor], scene_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the frames of scenes, in order, into `(batch_size, num_scenes, longest, ...)`; also return which are valid."""
+    """Put the frames of scenes, in order, into `(batch_size, num_scenes, longest, ...)`, and say which are valid."""
     longest = max(len(stack) for stack in stacks)
     padded = stacks[0].new_zeros(*scene_mask.shape, longest, *stacks[0].shape[1:])
     mask = torch.zeros(*scene_mask.shape, longest, dtype=torch.bool)

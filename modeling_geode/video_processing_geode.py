@@ -84,8 +84,8 @@ def load_video_frames(source, *, num_frames: int) -> tuple[list[np.ndarray], np.
     """
     Read evenly spaced frames of a video.
 
-    A file is decoded once, from start to end, and only the chosen frames are kept. Its length is counted, not read from
-    its header. Rotation stored in the file, as phones do, is applied.
+    A file is decoded once, from start to end, and only the chosen frames are kept. Its length is counted, not read
+    from its header. Rotation stored in the file, as phones do, is applied.
 
     Args:
         source (`str`, `os.PathLike`, `list`, `np.ndarray` or `torch.Tensor`):
@@ -93,11 +93,12 @@ def load_video_frames(source, *, num_frames: int) -> tuple[list[np.ndarray], np.
             images as [`load_image`] takes; uint8 of shape `(num_frames, height, width, 3)`; or, as a tensor, also of
             shape `(num_frames, 3, height, width)`.
         num_frames (`int`):
-            Number of frames, see [`sample_frame_indices`]. A shorter video gives each of its frames once, with a warning.
+            Number of frames, see [`sample_frame_indices`]. A shorter video gives each of its frames once, with a
+            warning.
 
     Returns:
-        `tuple[list[np.ndarray], np.ndarray]`: The frames, uint8 of shape `(height, width, 3)`, and their times in seconds.
-        The times are NaN where the source has no clock.
+        `tuple[list[np.ndarray], np.ndarray]`: The frames, uint8 of shape `(height, width, 3)`, and their times in
+        seconds. The times are NaN where the source has no clock.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -195,8 +196,8 @@ def local_path(source: str | os.PathLike, *, what: str) -> Path:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//|[^\\/])", text)
     if scheme and not Path(text).exists():
         raise ValueError(
-            f"The {what} must be a local path, got {text[:80]!r}. Nothing is downloaded here: fetch the file first, for "
-            "example with `huggingface_hub.hf_hub_download`, and pass its path."
+            f"The {what} must be a local path, got {text[:80]!r}. Nothing is downloaded here: fetch the file first, "
+            "for example with `huggingface_hub.hf_hub_download`, and pass its path."
         )
     path = Path(text)
     if not path.exists():
@@ -210,8 +211,8 @@ def local_path(source: str | os.PathLike, *, what: str) -> Path:
 def _load_file(path: Path, num_frames: Sequence[int]) -> list[tuple[list[np.ndarray], np.ndarray]]:
     if av is None:
         raise ImportError(
-            f"Reading the video {path} needs PyAV, which is not installed: `pip install geode-vlm[video]`. Or decode it "
-            "yourself and pass the frames."
+            f"Reading the video {path} needs PyAV, which is not installed: `pip install geode-vlm[video]`. Or decode "
+            "it yourself and pass the frames."
         )
     try:
         total = _count_packets(path)
@@ -231,8 +232,8 @@ def _load_file(path: Path, num_frames: Sequence[int]) -> list[tuple[list[np.ndar
 
 def _unreadable(path: Path, reason: str) -> str:
     return (
-        f"A video file was expected, but {path} ({path.stat().st_size} bytes) cannot be read: {reason}. It may be empty, "
-        "truncated, corrupt or of another format: copy it again, or re-encode it with `ffmpeg -i in out.mp4`."
+        f"A video file was expected, but {path} ({path.stat().st_size} bytes) cannot be read: {reason}. It may be "
+        "empty, truncated, corrupt or of another format: copy it again, or re-encode it with `ffmpeg -i in out.mp4`."
     )
 
 

@@ -25,12 +25,12 @@ QUESTIONS = [
         "m",
     ),
     (
-        "What is the length of the longest dimension (length, width, or height) of the stove, measured in centimeters?",
+        "What is the length of the longest dimension (length, width, or height) of the bed, measured in centimeters?",
         "cm",
     ),
     (
-        "What is the size of this room (in square meters)? If multiple rooms are shown, estimate the size of the combined "
-        "space.",
+        "What is the size of this room (in square meters)? If multiple rooms are shown, estimate the size of the "
+        "combined space.",
         "m2",
     ),
     ("How far is the chair from the table, in metres?", "m"),
@@ -115,6 +115,9 @@ def test_parse_unit_knows_the_names_of_square_metres(name):
 
 
 def test_parse_unit_refuses_an_unknown_unit():
+    for name in ("parsec", "", "m4", "m23", "square"):
+        with pytest.raises(ValueError, match=f"got '{name}'"):
+            parse_unit(name)
     with pytest.raises(ValueError, match="got 'parsec'"):
         parse_unit("parsec")
     with pytest.raises(ValueError, match="got 3"):

@@ -11,7 +11,7 @@ from geode.data.tokenizer import train_tokenizer
 from geode.modeling_geode import processing_geode
 from geode.modeling_geode.answers_geode import Box3D
 from geode.modeling_geode.processing_geode import GeodeProcessor
-from geode.modeling_geode.scene_geode import SceneGeometry
+from geode.modeling_geode.scene_geode import SceneEncoding, SceneGeometry
 from geode.modeling_geode.video_processing_geode import GeodeImageProcessor
 
 
@@ -368,6 +368,34 @@ def test_prepare_scene_gives_the_tensors_of_one_scene(processor, tmp_path):
         processor.prepare_scene(geometry=scene)
 
 
+def encoded(num_frames: int, num_rationale_tokens: int) -> SceneEncoding:
+    return SceneEncoding(
+        visual_tokens=torch.zeros(num_frames, SEQ, 8),
+        rationale_tokens=torch.zeros(num_rationale_tokens, 8),
+        summary={},
+        encoder_digest="",
+    )
+
+
+def test_encoded_scene_takes_the_place_of_its_video_without_pixels(processor):
+    chat = user({"type": "scene", "scene": encoded(3, 5)})
+    video = tokenize(processor, user(video_part(3, geometry=geometry())))
+    inputs = tokenize(processor, chat)
+    assert sorted(inputs) == ["attention_mask", "input_ids", "mm_token_type_ids"]
+    for name in inputs:
+        assert inputs[name].equal(video[name])
+    assert processor.apply_chat_template(chat) == processor.apply_chat_template(user(video_part()))
+    fewer = tokenize(processor, chat, num_rationale_tokens=2)
+    assert int((fewer["input_ids"] == processor.rationale_token_id).sum()) == 2
+    flat = tokenize(processor, user({"type": "scene", "scene": encoded(3, 0)}))
+    for off in (tokenize(processor, chat, use_geometry=False), flat):
+        assert processor.rationale_token_id not in off["input_ids"]
+    with pytest.raises(ValueError, match="at most 4, the number that the encoded scene has, got 5"):
+        tokenize(processor, user({"type": "scene", "scene": encoded(3, 4)}))
+    with pytest.raises(TypeError, match="must be a SceneEncoding, got str"):
+        tokenize(processor, user({"type": "scene", "scene": "room"}))
+
+
 # ---- trusted text ----
 
 
@@ -468,6 +496,9 @@ def test_text_is_tokenised_as_the_tokenizer_alone_would(processor):
         ([{"role": "user", "content": 3}], "a string or a list of parts, got int"),
         ([{"role": "user", "content": [{"type": "audio", "path": "x"}]}], "got 'audio'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "needs a string `text`, got None"),
+        ([{"role": "user", "content": [{"type": "scene"}]}], "needs a `scene`"),
+        ([{"role": "user", "content": ["x"]}], "got None"),
+        ({"role": "user", "content": "x"}, "a list of at least one turn, got {"),
         ([{"role": "user", "content": [{"type": "video"}]}], r"exactly one of .*, got \[\]"),
         ([{"role": "user", "content": [{"type": "video", "path": "a", "url": "b"}]}], r"got \['path', 'url'\]"),
         ([{"role": "user", "content": [{"type": "image", "path": "a", "fps": 1}]}], r"got also \['fps'\]"),
@@ -570,7 +601,7 @@ def test_template_that_loses_values_or_media_is_refused(processor):
     twice = "<IMG_CONTEXT><IMG_CONTEXT>"
     with pytest.raises(ValueError, match="where the conversation has no further medium"):
         tokenize(processor, user(image_part()), chat_template=twice)
-    with pytest.raises(ValueError, match="wrote `<video>` where the conversation has a image"):
+    with pytest.raises(ValueError, match="wrote `<video>` where the conversation has image"):
         tokenize(processor, user(image_part()), chat_template="<video>")
 
 
