@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -50,6 +51,26 @@ class _Import(NamedTuple):
     is_guarded: bool
 
 
+class _Source:
+    """A module that may be copied, read and parsed at most once."""
+
+    def __init__(self, path: Path):
+        self.name = path.name
+        self.path = path
+
+    @cached_property
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, filename=str(self.path))
+
+    @cached_property
+    def names(self) -> set[str]:
+        return _bound_names(self.tree.body)
+
+
 def export_code(save_directory: str | os.PathLike) -> list[Path]:
     """
     Copy the code of a saved GEODE model or processor into its folder, and name its classes in `auto_map`.
@@ -70,7 +91,7 @@ def export_code(save_directory: str | os.PathLike) -> list[Path]:
         ValueError: If a file names a foreign class, or a module breaks a rule for modules on the Hub.
     """
     folder = Path(save_directory)
-    modules = shipped_modules()
+    modules = {name: _Source(path) for name, path in shipped_modules().items()}
     documents = {}
     for name, add_auto_map in _DOCUMENTS.items():
         if (folder / name).is_file():
@@ -83,7 +104,7 @@ def export_code(save_directory: str | os.PathLike) -> list[Path]:
         )
     references = sorted({reference for document in documents.values() for reference in _auto_map_values(document)})
     _check_references(references, modules)
-    sources = collect_modules([reference.split(".")[0] for reference in references], modules)
+    sources = _collect([reference.split(".")[0] for reference in references], modules)
     files = {f"{name}.py": source for name, source in sources.items()}
     # transformers writes its JSON files in this form, so that an export adds lines and moves none.
     files |= {name: json.dumps(data, indent=2, sort_keys=True) + "\n" for name, data in documents.items()}
@@ -116,38 +137,42 @@ def collect_modules(entries: Sequence[str], modules: Mapping[str, Path]) -> dict
     Raises:
         ValueError: If a module breaks a rule for modules on the Hub; the message has file, line and remedy.
     """
-    sources, pending = {}, sorted(set(entries), reverse=True)
+    return _collect(entries, {name: _Source(path) for name, path in modules.items()})
+
+
+def _collect(entries: Sequence[str], modules: Mapping[str, _Source]) -> dict[str, str]:
+    rewritten, pending = {}, [*entries]
     while pending:
         name = pending.pop()
-        if name not in sources:
-            sources[name], needed = _rewrite(modules[name], modules)
+        if name not in rewritten:
+            rewritten[name], needed = _rewrite(modules[name], modules)
             pending.extend(needed)
-    return dict(sorted(sources.items()))
+    return dict(sorted(rewritten.items()))
 
 
-def _rewrite(path: Path, modules: Mapping[str, Path]) -> tuple[str, list[str]]:
+def _rewrite(module: _Source, modules: Mapping[str, _Source]) -> tuple[str, list[str]]:
     """Return the rewritten source of one module, and the names of the modules that it needs."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = module.text.splitlines(keepends=True)
     needed = set()
-    for found in _imports(ast.parse("".join(lines), filename=str(path)), is_guarded=False):
+    for found in _imports(module.tree, is_guarded=False):
         node = found.node
         if isinstance(node, ast.Import):
             for alias in node.names:
-                _check_package(path, found, alias.name)
+                _check_package(module, found, alias.name)
         elif node.level:
             if node.level == 1 and node.module == "export_geode":
-                _check_package(path, found, EXPORTER_IMPORT)
+                _check_package(module, found, EXPORTER_IMPORT)
                 _replace(lines, node, ".export_geode", EXPORTER_IMPORT)
             else:
-                needed.add(_check_relative(path, node, modules))
+                needed.add(_check_relative(module, node, modules))
         elif node.module == CONFIGURATION_IMPORT:
             _replace(lines, node, CONFIGURATION_IMPORT, ".configuration_geode")
             needed.add("configuration_geode")
-            _check_names(path, node, modules["configuration_geode"])
+            _check_names(module, node, modules["configuration_geode"])
         else:
-            _check_package(path, found, node.module)
+            _check_package(module, found, node.module)
     source = "".join(lines)
-    _check_followed(path, source, needed)
+    _check_followed(module, source, needed)
     return source, sorted(needed)
 
 
@@ -172,43 +197,42 @@ def _replace(lines: list[str], node: ast.ImportFrom, old: str, new: str) -> None
     lines[index] = lines[index].replace(f"from {old} import", f"from {new} import", 1)
 
 
-def _check_package(path: Path, found: _Import, module: str) -> None:
-    package = module.split(".")[0]
-    if module == EXPORTER_IMPORT and isinstance(found.node, ast.ImportFrom) and found.is_guarded:
+def _check_package(module: _Source, found: _Import, imported: str) -> None:
+    package = imported.split(".")[0]
+    if imported == EXPORTER_IMPORT and isinstance(found.node, ast.ImportFrom) and found.is_guarded:
         return
     if package == "geode":
         _refuse(
-            path,
+            module,
             found.node,
-            f"imports `{module}`",
+            f"imports `{imported}`",
             f"Use `from .module import` or `from {CONFIGURATION_IMPORT} import`",
         )
     if package not in ALLOWED_PACKAGES and package not in sys.stdlib_module_names and not found.is_guarded:
         remedy = (
             f"Put it in `try`/`except ImportError`; only the standard library and {sorted(ALLOWED_PACKAGES)} need none"
         )
-        _refuse(path, found.node, f"imports the package `{package}`", remedy)
+        _refuse(module, found.node, f"imports the package `{package}`", remedy)
 
 
-def _check_relative(path: Path, node: ast.ImportFrom, modules: Mapping[str, Path]) -> str:
+def _check_relative(module: _Source, node: ast.ImportFrom, modules: Mapping[str, _Source]) -> str:
     """Return the module that a relative import names, once it is known to be one that Transformers will find."""
     written = f"from {'.' * node.level}{node.module or ''} import"
     if node.level > 1 or not node.module or "." in node.module:
-        _refuse(path, node, f"has `{written}`", "A Hub folder is flat: write `from .module import name`")
+        _refuse(module, node, f"has `{written}`", "A Hub folder is flat: write `from .module import name`")
     if node.module not in modules:
-        _refuse(path, node, f"has `{written}`", f"The modules that are copied are {sorted(modules)}")
-    _check_names(path, node, modules[node.module])
+        _refuse(module, node, f"has `{written}`", f"The modules that are copied are {sorted(modules)}")
+    _check_names(module, node, modules[node.module])
     return node.module
 
 
-def _check_names(path: Path, node: ast.ImportFrom, target: Path) -> None:
-    defined = _defined_names(ast.parse(target.read_text(encoding="utf-8")).body)
-    missing = [alias.name for alias in node.names if alias.name not in defined]
+def _check_names(module: _Source, node: ast.ImportFrom, target: _Source) -> None:
+    missing = [alias.name for alias in node.names if alias.name not in target.names]
     if missing:
-        _refuse(path, node, f"imports {missing} from `{target.name}`", "It defines no such names; name each one")
+        _refuse(module, node, f"imports {missing} from `{target.name}`", "It defines no such names; name each one")
 
 
-def _defined_names(statements: Sequence[ast.stmt]) -> set[str]:
+def _bound_names(statements: Sequence[ast.stmt]) -> set[str]:
     """Return the names that a module's own statements bind, those under `if` and `try` included."""
     names = set()
     for statement in statements:
@@ -225,40 +249,40 @@ def _defined_names(statements: Sequence[ast.stmt]) -> set[str]:
         elif isinstance(statement, ast.If | ast.Try):
             handlers = getattr(statement, "handlers", [])
             for block in (statement.body, statement.orelse, *(handler.body for handler in handlers)):
-                names |= _defined_names(block)
+                names |= _bound_names(block)
     return names
 
 
-def _check_followed(path: Path, source: str, needed: set[str]) -> None:
+def _check_followed(module: _Source, source: str, needed: set[str]) -> None:
     """Refuse text, such as an example in a docstring, that Transformers would take for an import."""
     for match in _FOLLOWED.finditer(source):
         if match[1] not in needed:
             line = source.count("\n", 0, match.end()) + 1
             raise ValueError(
-                f"{path.name}:{line} has text that Transformers follows as an import of `{match[1]}.py`, which is not "
+                f"{module.name}:{line} has text that Transformers follows as an import of `{match[1]}.py`, which is not "
                 "copied. Reword it so that no line starts with `from .`."
             )
 
 
-def _check_references(references: Sequence[str], modules: Mapping[str, Path]) -> None:
+def _check_references(references: Sequence[str], modules: Mapping[str, _Source]) -> None:
     for reference in references:
         module, name = reference.split(".")
-        if module not in modules or name not in _defined_names(ast.parse(modules[module].read_text("utf-8")).body):
+        if module not in modules or name not in modules[module].names:
             raise ValueError(f"`auto_map` names `{reference}`, and no such class is in {sorted(modules)}.")
 
 
-def _refuse(path: Path, node: ast.stmt, what: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{path.name}:{node.lineno} {what}, which a copy on the Hub cannot. {remedy}.")
+def _refuse(module: _Source, node: ast.stmt, what: str, remedy: str) -> NoReturn:
+    raise ValueError(f"{module.name}:{node.lineno} {what}, which a copy on the Hub cannot. {remedy}.")
 
 
-def _with_model_auto_map(document: dict, modules: Mapping[str, Path]) -> dict:
+def _with_model_auto_map(document: dict, modules: Mapping[str, _Source]) -> dict:
     model_type = document.get("model_type")
     if model_type not in MODEL_AUTO_MAPS:
         raise ValueError(f"`config.json` must have a `model_type` of {sorted(MODEL_AUTO_MAPS)}, got {model_type!r}.")
     return {**document, "auto_map": MODEL_AUTO_MAPS[model_type]}
 
 
-def _with_processor_auto_map(document: dict, modules: Mapping[str, Path]) -> dict:
+def _with_processor_auto_map(document: dict, modules: Mapping[str, _Source]) -> dict:
     found = document.get("processor_class")
     if found != "GeodeProcessor":
         raise ValueError(f"`processor_config.json` must have the `processor_class` 'GeodeProcessor', got {found!r}.")
@@ -268,12 +292,11 @@ def _with_processor_auto_map(document: dict, modules: Mapping[str, Path]) -> dic
     return document
 
 
-def _with_image_processor_auto_map(document: dict, modules: Mapping[str, Path]) -> dict:
+def _with_image_processor_auto_map(document: dict, modules: Mapping[str, _Source]) -> dict:
     """Name the image processor's class if it is one of ours; transformers knows its own."""
     class_name = document.get("image_processor_type")
-    for module, path in modules.items():
-        statements = ast.parse(path.read_text(encoding="utf-8")).body
-        if any(isinstance(node, ast.ClassDef) and node.name == class_name for node in statements):
+    for module, source in modules.items():
+        if any(isinstance(node, ast.ClassDef) and node.name == class_name for node in source.tree.body):
             return {**document, "auto_map": {"AutoImageProcessor": f"{module}.{class_name}"}}
     return document
 
