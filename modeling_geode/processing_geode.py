@@ -202,7 +202,8 @@ class GeodeProcessor(ProcessorMixin):
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`; with media
-            also `mm_token_type_ids` (1 at images, 2 at scenes), `pixel_values`, and what `get_rationale_features` takes.
+            also `mm_token_type_ids` (1 at images, 2 at scenes), `pixel_values` and what `get_rationale_features`
+            takes.
 
         Raises:
             ValueError: If the numbers of placeholders and media differ, or a scene has no geometry and no
