@@ -6,12 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
+from geode.configuration import configuration_geode
+from geode.data.tokenizer import train_tokenizer
 from geode.modeling_geode.export_geode import collect_modules, export_code, shipped_modules
-from tests.modeling_geode.common_geode import REG_TOKEN, prepare_inputs, tiny_config
+from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.modeling_geode.processing_geode import GeodeProcessor
+from geode.modeling_geode.scene_geode import SceneGeometry
+from geode.modeling_geode.video_processing_geode import GeodeImageProcessor
+from tests.modeling_geode.common_geode import tiny_config
 
 
 CONFIGURATION = 'class GeodeConfig:\n    model_type = "geode"\n'
@@ -195,29 +203,44 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-inputs_path, output_path, resaved, *sources = sys.argv[1:]
+arguments_path, results_path, resaved, *sources = sys.argv[1:]
 torch.set_num_threads(1)
-inputs, options = torch.load(inputs_path)
+chat, options = torch.load(arguments_path, weights_only=False)
 results = []
-for source in sources:
-    for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        model = auto_class.from_pretrained(source, trust_remote_code=True).eval()
-        with torch.no_grad():
-            logits = model(**inputs).logits
-        output = model.generate(**inputs, **options, return_dict_in_generate=True)
-        results.append({"name": type(model).__name__, "module": type(model).__module__, "logits": logits})
-        results[-1] |= {"sequences": output.sequences, "values": output.values}
+
+
+def answer(source, auto_class):
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    model = auto_class.from_pretrained(source, trust_remote_code=True).eval()
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    answers = processor.post_process_answers(output, input_ids=inputs["input_ids"])
+    results.append(
+        {
+            "classes": [type(part).__name__ for part in (model, processor, processor.image_processor)],
+            "modules": [type(part).__module__ for part in (model, processor, processor.image_processor)],
+            "inputs": dict(inputs),
+            "logits": logits,
+            "sequences": output.sequences,
+            "answers": [entry.to_dict() for entry in answers],
+        }
+    )
+    return model, processor
+
+
+for source, auto_class in zip(sources, (AutoModelForImageTextToText, AutoModelForMultimodalLM)):
+    model, processor = answer(source, auto_class)
     config = AutoConfig.from_pretrained(source, trust_remote_code=True)
     assert type(config).__name__ == "GeodeConfig"
     assert config.control_tokens == model.config.control_tokens
-    assert config.text_config.vocab_size == logits.shape[-1]
 model.save_pretrained(resaved)
-again = AutoModel.from_pretrained(resaved, trust_remote_code=True).eval()
-with torch.no_grad():
-    results.append({**results[-1], "logits": again(**inputs).logits})
-torch.save(results, output_path)
+processor.save_pretrained(resaved)
+answer(resaved, AutoModel)
+torch.save(results, results_path)
 """
 
 
@@ -238,42 +261,76 @@ def put_in_hub_cache(folder: Path, repository: str, hf_home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny_model():
-    from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+def tiny_processor() -> GeodeProcessor:
+    tokenizer = train_tokenizer(["How far is the chair from the table, in meters? It is 2.31 meters."], 300)
+    tokenizer.padding_side = "left"
+    image_processor = GeodeImageProcessor(size={"height": 24, "width": 24})
+    return GeodeProcessor(image_processor, tokenizer, num_frames=3, num_rationale_tokens=4, image_seq_length=9)
 
-    torch.manual_seed(0)
-    return GeodeForConditionalGeneration(tiny_config()).eval()
 
-
-def test_saved_model_loads_and_answers_alike_where_geode_is_absent(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "geode-tiny")
-    put_in_hub_cache(tmp_path / "geode-tiny", "org/geode-tiny", tmp_path / "hf")
-    # The reference is loaded too: where a tensor lies in memory decides how it is summed, to the last bit.
-    reference = type(tiny_model).from_pretrained(tmp_path / "geode-tiny").eval()
-    inputs = prepare_inputs(reference.config, 2)
-    with torch.no_grad():
-        logits = reference(**inputs).logits
-    # The bias makes random weights answer with values: every new token is a control token.
-    options = {"max_new_tokens": 4, "do_sample": False, "sequence_bias": {(REG_TOKEN,): 100.0}}
-    output = reference.generate(**inputs, **options, return_dict_in_generate=True)
-    assert [len(values) for values in output.values] == [4, 4]
-    torch.save((inputs, options), tmp_path / "inputs.pt")
-
-    sources = (tmp_path / "geode-tiny", "org/geode-tiny")
-    run_stranger(
-        STRANGER, tmp_path / "inputs.pt", tmp_path / "results.pt", tmp_path / "resaved", *sources, cwd=tmp_path
+@pytest.fixture(scope="module")
+def tiny_model(tiny_processor) -> GeodeForConditionalGeneration:
+    config = tiny_config(
+        text_config={"vocab_size": len(tiny_processor.tokenizer)},
+        image_token_id=tiny_processor.image_token_id,
+        rationale_token_id=tiny_processor.rationale_token_id,
     )
+    for token, entry in config.control_tokens.items():
+        entry["token_id"] = tiny_processor.control_tokens[token]["token_id"]
+    torch.manual_seed(0)
+    return GeodeForConditionalGeneration(config).eval()
 
-    results = torch.load(tmp_path / "results.pt")
-    assert len(results) == 7
+
+@pytest.fixture
+def chat(tmp_path, box_room) -> list[dict]:
+    """A video with geometry, read from a folder, and an image without."""
+    scene = SceneGeometry.from_rgbd(
+        depth=box_room.depth.float(),
+        images=np.random.default_rng(0).integers(0, 256, (2, *box_room.image_size, 3), dtype=np.uint8),
+        intrinsics=box_room.intrinsics.float(),
+        world_from_cam=box_room.world_from_cam.float(),
+    )
+    scene.save(tmp_path / "geometry")
+    pictures = np.random.default_rng(1).integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)
+    parts = [
+        {"type": "video", "video": pictures[:3], "geometry": str(tmp_path / "geometry")},
+        {"type": "image", "image": Image.fromarray(pictures[3])},
+        {"type": "text", "text": "How far is the chair from the table, in centimeters?"},
+    ]
+    return [{"role": "user", "content": parts}]
+
+
+def test_saved_folder_answers_alike_where_geode_is_absent(tiny_model, tiny_processor, chat, tmp_path):
+    folder = tmp_path / "geode-tiny"
+    tiny_model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    put_in_hub_cache(folder, "org/geode-tiny", tmp_path / "hf")
+    # The reference is loaded too: where a tensor lies in memory decides how it is summed, to the last bit.
+    model, processor = GeodeForConditionalGeneration.from_pretrained(folder), GeodeProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    # The bias makes random weights answer with values: every new token is a control token.
+    bias = {(model.config.control_tokens["<REG>"]["token_id"],): 100.0}
+    options = {"max_new_tokens": 3, "do_sample": False, "sequence_bias": bias}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    answers = [answer.to_dict() for answer in processor.post_process_answers(output, input_ids=inputs["input_ids"])]
+    assert [value["unit"] for value in answers[0]["values"]] == ["cm"] * 3
+    torch.save((chat, options), tmp_path / "arguments.pt")
+
+    files = (tmp_path / name for name in ("arguments.pt", "results.pt", "resaved"))
+    run_stranger(STRANGER, *files, folder, "org/geode-tiny", cwd=tmp_path)
+
+    results = torch.load(tmp_path / "results.pt", weights_only=False)
+    assert len(results) == 3
     for result in results:
-        assert result["name"] == "GeodeForConditionalGeneration"
-        assert result["module"].startswith("transformers_modules.")
+        assert result["classes"] == ["GeodeForConditionalGeneration", "GeodeProcessor", "GeodeImageProcessor"]
+        assert [name.split(".")[0] for name in result["modules"]] == ["transformers_modules"] * 3
+        assert result["inputs"].keys() == inputs.keys()
+        assert [name for name in inputs if not torch.equal(inputs[name], result["inputs"][name])] == []
         assert torch.equal(result["logits"], logits)
         assert torch.equal(result["sequences"], output.sequences)
-        for values, expected in zip(result["values"], output.values, strict=True):
-            assert len(values) == len(expected)
-            assert all(torch.equal(value, other) for value, other in zip(values, expected, strict=True))
+        assert result["answers"] == answers
     saved, resaved = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("geode-tiny", "resaved"))
     assert resaved == saved
 
@@ -294,8 +351,6 @@ def test_saving_twice_writes_the_same_bytes(tiny_model, tmp_path):
     [("SonataConfig", "sonata_geode", "SonataModel"), ("VggtConfig", "vggt_geode", "VggtModel")],
 )
 def test_export_code_maps_encoders_saved_on_their_own(tmp_path, config_name, module, class_name):
-    from geode.configuration import configuration_geode
-
     getattr(configuration_geode, config_name)().save_pretrained(tmp_path)
     written = {path.name for path in export_code(tmp_path)}
     assert {"config.json", "configuration_geode.py", f"{module}.py"} <= written
