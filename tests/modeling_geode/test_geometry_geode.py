@@ -364,6 +364,13 @@ def test_normals_from_depth_do_not_mix_the_sides_of_an_edge():
     assert normals.tolist() == torch.tensor([0.0, 0.0, -1.0]).expand(HEIGHT, WIDTH, 3).tolist()
 
 
+def test_normals_from_depth_face_the_camera_whatever_the_depth():
+    depth = 0.1 + 9.9 * torch.rand(40, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    normals = normals_from_depth(depth, INTRINSICS)
+    torch.testing.assert_close(torch.linalg.vector_norm(normals, dim=-1), torch.ones(40, 50, dtype=torch.float64))
+    assert (normals * unproject_depth(depth, INTRINSICS)).sum(dim=-1).max() < 0
+
+
 def test_normals_from_depth_are_zero_without_neighbours():
     depth = torch.zeros(HEIGHT, WIDTH, dtype=torch.float64)
     depth[2, 3] = 1.0

@@ -143,6 +143,34 @@ def test_from_rgbd_keeps_one_pixel_per_voxel_and_its_own_colour(room):
     )  # points on the border of a voxel round either way
 
 
+def test_a_voxel_keeps_the_mean_of_the_normals_on_the_side_of_its_own():
+    # Voxel edge 1, so the first point is nearest to the centre (0.5, 0.5, 0.5) of its voxel. Of the other two one
+    # faces its way: (0, 0, 1) + (0.6, 0, 0.8) = (0.6, 0, 1.8), of length 0.6 * sqrt(10).
+    points = np.array([[0.5, 0.5, 0.4], [0.9, 0.9, 0.9], [0.1, 0.1, 0.1], [3.0, 3.0, 0.4]])
+    normals = np.array([[0.0, 0, 1], [0.6, 0, 0.8], [0, 0.6, -0.8], [1, 0, 0]])
+    scene = SceneGeometry.from_point_cloud(
+        points,
+        normals=normals,
+        world_from_cam=np.eye(4)[None],
+        intrinsics=np.eye(3)[None],
+        image_size=(2, 3),
+        up=(0, 0, 1),
+        voxel_size_m=1.0,
+    )
+    expected = torch.tensor([[1 / math.sqrt(10), 0, 3 / math.sqrt(10)], [1, 0, 0]])
+    torch.testing.assert_close(scene.normals, expected)
+    torch.testing.assert_close(scene.points[:, :2], torch.tensor([[0.5, 0.5], [3.0, 3.0]]))
+
+
+def test_a_pixel_without_neighbours_faces_its_camera():
+    depth = np.zeros((1, 3, 4))
+    depth[0, 2, 3] = 2.0
+    intrinsics = np.array([[[2.0, 0, 1], [0, 4, 0], [0, 0, 1]]])
+    scene = SceneGeometry.from_rgbd(depth, intrinsics, np.eye(4)[None], up=(0, 0, 1))
+    # The ray is ((3 - 1) / 2, 2 / 4, 1) = (1, 0.5, 1), of length 1.5.
+    torch.testing.assert_close(scene.normals, torch.tensor([[-2 / 3, -1 / 3, -2 / 3]]))
+
+
 def test_from_rgbd_drops_invalid_depth_and_the_least_confident_fifth(room):
     depth = room.depth.copy()
     depth[0, 2, 3], depth[1, 4, 5], depth[2, 6, 7] = 0.0, math.nan, math.inf
@@ -411,11 +439,21 @@ def test_to_model_inputs_covers_every_point(room):
     assert gaps.max() < 0.1 * math.sqrt(3) + 1e-4
 
 
+def nearest_to_block_centres(grid, k):
+    best = {}
+    for cell in grid.tolist():
+        block = tuple(index // k for index in cell)
+        off_center = sum((index + 0.5 - k * (b + 0.5)) ** 2 for index, b in zip(cell, block, strict=True))
+        best[block] = min(best.get(block, (math.inf,)), (off_center, cell), key=lambda entry: entry[0])
+    return {tuple(cell) for _, cell in best.values()}
+
+
 def test_to_model_inputs_thins_by_coarser_blocks_of_voxels(room):
     scene = room.build(voxel_size_m=FINE)
     full, few = scene.to_model_inputs(0.05), scene.to_model_inputs(0.05, max_points=300)
     kept = {tuple(row) for row in few["point_grid_coords"].tolist()}
     assert 100 < len(kept) <= 300
+    assert any(kept == nearest_to_block_centres(full["point_grid_coords"], k) for k in range(2, 20))
     rows = [i for i, row in enumerate(full["point_grid_coords"].tolist()) if tuple(row) in kept]
     for name in ("point_features", "point_coords", "point_grid_coords"):
         assert torch.equal(full[name][rows], few[name])
