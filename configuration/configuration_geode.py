@@ -253,6 +253,7 @@ class GeodeDrmConfig(_CheckedConfig):
             thinned by farthest-point sampling.
         num_position_frequencies (`int`, defaults to 8): Octaves of the Fourier features of metric positions.
         max_position_m (`float`, defaults to 16): Longest wavelength of those features, in metres.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
 
     > Parameters that control novel behaviour (off by default)
 
@@ -282,7 +283,6 @@ class GeodeDrmConfig(_CheckedConfig):
     question_conditioned: bool = False
     inject_features: bool = False
     layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
 
     def validate_architecture(self):
         """Sizes are positive and widths divide into heads."""
@@ -328,7 +328,6 @@ class GeodeDrhConfig(_CheckedConfig):
     huber_delta: float | int = 1.0
     loss_weight: float | int = 1.0
     value_feedback: bool = False
-    initializer_range: float = 0.02
 
     def validate_options(self):
         """Options take the values that exist."""
@@ -397,10 +396,16 @@ class GeodeConfig(_CheckedConfig):
         vision_feature_layer (`int`, defaults to -1): Layer of the vision tower that is read.
         vision_feature_select_strategy (`str`, defaults to `"default"`): `"default"` drops the class token.
         tie_word_embeddings (`bool`, defaults to `True`): The output layer shares the input embedding.
+
+    > Other parameters
+
+    Args:
+        max_points (`int`, defaults to 65536): Largest cloud that the reconstructor hands to the point encoder.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new weights outside the sub-models.
     """
 
     model_type = "geode"
-    sub_configs_defaults = {
+    sub_configs_defaults = {  # noqa: RUF012 - the library's class attribute
         "vision_config": SubConfigSpec(
             config_class=AutoConfig, model_type="internvl_vision", init_kwargs={"attention_bias": True}
         ),
@@ -441,6 +446,7 @@ class GeodeConfig(_CheckedConfig):
     vision_feature_layer: int = -1
     vision_feature_select_strategy: str = "default"
     tie_word_embeddings: bool = True
+    max_points: int = 65536
     initializer_range: float = 0.02
 
     @property
@@ -471,7 +477,9 @@ class GeodeConfig(_CheckedConfig):
             )
         pooling = self.drm_config.spatial_pooling
         if any(side % pooling for side in self.patch_grid):
-            raise ValueError(f"`drm_config.spatial_pooling` {pooling} does not divide the patch grid {self.patch_grid}.")
+            raise ValueError(
+                f"`drm_config.spatial_pooling` {pooling} does not divide the patch grid {self.patch_grid}."
+            )
         if self.drm_config.inject_features and factor % pooling:
             raise ValueError(
                 "`drm_config.inject_features` adds fused features to visual tokens, so the pixel-shuffle factor "
@@ -497,12 +505,16 @@ def _check_control_token(token: str, entry: dict) -> None:
     if kind not in CONTROL_TOKEN_KINDS:
         raise ValueError(f"`control_tokens[{token!r}]['kind']` must be one of {CONTROL_TOKEN_KINDS}, got {kind!r}.")
     if not isinstance(entry["token_id"], int) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"`control_tokens[{token!r}]` needs an integer `token_id` and a `dim` of at least 1, got {entry}.")
+        raise ValueError(
+            f"`control_tokens[{token!r}]` needs an integer `token_id` and a `dim` of at least 1, got {entry}."
+        )
     if (kind == "scalar" and dim != 1) or (kind == "box3d" and dim != 7):
         raise ValueError(f"`control_tokens[{token!r}]` of kind {kind!r} cannot have `dim` {dim}.")
     allowed = {"mean", "std"} if kind == "box3d" else {"mean", "std", "transform"}
     if codec.keys() != allowed:
-        raise ValueError(f"`control_tokens[{token!r}]['codec']` must have the keys {sorted(allowed)}, got {sorted(codec)}.")
+        raise ValueError(
+            f"`control_tokens[{token!r}]['codec']` must have the keys {sorted(allowed)}, got {sorted(codec)}."
+        )
     if kind != "box3d" and codec["transform"] not in SCALAR_TRANSFORMS:
         raise ValueError(
             f"`control_tokens[{token!r}]['codec']['transform']` must be one of {SCALAR_TRANSFORMS}, "
@@ -510,7 +522,9 @@ def _check_control_token(token: str, entry: dict) -> None:
         )
     size = 6 if kind == "box3d" else dim
     if len(codec["mean"]) != size or len(codec["std"]) != size or not all(std > 0 for std in codec["std"]):
-        raise ValueError(f"`control_tokens[{token!r}]['codec']` needs {size} means and {size} positive stds, got {codec}.")
+        raise ValueError(
+            f"`control_tokens[{token!r}]['codec']` needs {size} means and {size} positive stds, got {codec}."
+        )
 
 
 __all__ = ["GeodeConfig", "GeodeDrhConfig", "GeodeDrmConfig", "SonataConfig", "VggtConfig"]

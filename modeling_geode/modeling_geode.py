@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GEODE: a vision-language model with a rationale module for 3D input and a regression head for numbers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from geode.configuration.configuration_geode import GeodeConfig
+
+from .generation_geode import MEDIA_INPUTS, GeodeGenerationMixin
+from .mamba_geode import GeodeMambaMixer, init_mamba_weights
+from .media_geode import GeodeMediaMixin, GeodeMultiModalProjector
+from .rationale_geode import (
+    GeodeContextEncoder,
+    GeodeFeatureInjection,
+    GeodeRationaleModule,
+    RationaleOutput,
+)
+from .regression_geode import GeodeRegressionHead
+from .sonata_geode import SonataModel
+from .vggt_geode import VggtModel
+
+
+STAGE_2_PREFIXES = ("drh.", "model.feature_injection.", "feature_injection.")
+
+
+@dataclass
+class GeodeModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of [`GeodeModel`].
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(num_images, image_seq_length, hidden_size)`, *optional*):
+            Projected visual tokens of the images.
+        video_hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`, *optional*):
+            Projected visual tokens of the scenes' valid frames, one scene after another.
+        rationale_hidden_states (`torch.Tensor` of shape `(batch_size, num_scenes, num_rationale_tokens, hidden_size)`,
+            *optional*): The rationale tokens E_spatio; zero where there is no scene.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    rationale_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class GeodeCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`GeodeForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): Eq. 7: `ce_loss + loss_weight * regression_loss`.
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
+        past_key_values (`Cache`, *optional*): Keys and values of the sequence so far.
+        hidden_states, attentions (`tuple`, *optional*): Per layer, of the language model.
+        ce_loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy of the text, control tokens included.
+        regression_loss (`torch.Tensor` of shape `()`, *optional*): Eq. 6, in the codecs' space.
+        regression_values (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`, *optional*):
+            Predicted values in SI units at the positions of control tokens; NaN elsewhere.
+        image_hidden_states, video_hidden_states, rationale_hidden_states (`torch.Tensor`, *optional*):
+            See [`GeodeModelOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    ce_loss: torch.Tensor | None = None
+    regression_loss: torch.Tensor | None = None
+    regression_values: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+    rationale_hidden_states: torch.Tensor | None = None
+
+
+class GeodePreTrainedModel(PreTrainedModel):
+    """Weights, freezing and saving that all GEODE models share."""
+
+    config: GeodeConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    # RUF012: the library declares these as plain class attributes.
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["GeodeCrossAttentionLayer", "GeodeMambaLayer", "GeodeRegressionHead"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["drh"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, GeodeMambaMixer):
+            init_mamba_weights(module)
+        elif isinstance(module, GeodeContextEncoder):
+            init.normal_(module.no_camera_token, std=std)
+            init.normal_(module.unknown_scale_token, std=std)
+        elif isinstance(module, GeodeRationaleModule):
+            init.normal_(module.queries, std=std)
+        elif isinstance(module, GeodeFeatureInjection):
+            init.zeros_(module.gate)
+
+    def _encoders(self) -> list[nn.Module]:
+        base = getattr(self, "model", self)
+        parts = (getattr(base, name, None) for name in ("vision_tower", "point_encoder", "reconstructor"))
+        return [part for part in parts if part is not None]
+
+    def freeze_encoders(self) -> None:
+        """Freeze vision tower, point encoder and reconstructor, as every new or loaded model has them."""
+        for encoder in self._encoders():
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Switch to training, except for frozen encoders: they stay in eval mode, without dropout or drop path."""
+        super().train(mode)
+        for encoder in self._encoders():
+            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+                encoder.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        Load as [`PreTrainedModel.from_pretrained`] does, but refuse a checkpoint that lacks tensors.
+
+        The library initialises what is missing and warns. Only the heads that stage 2 adds may be missing, unless
+        `output_loading_info=True` hands the list of missing tensors to the caller.
+
+        Raises:
+            ValueError: If a tensor of the language model, an encoder or the rationale module is missing.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        lost = sorted(name for name in info["missing_keys"] if not name.startswith(STAGE_2_PREFIXES))
+        # Without a checkpoint the caller composes a `state_dict`, and knows what is in it.
+        if lost and pretrained_model_name_or_path is not None and not output_loading_info:
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} tensors of {cls.__name__}: {', '.join(lost[:5])}"
+                f"{', ...' if len(lost) > 5 else ''}. They would be random. Load a complete checkpoint; a stage-1 result "
+                "(`drm.safetensors`) is not one."
+            )
+        model.freeze_encoders()  # loading made new parameters
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save as [`PreTrainedModel.save_pretrained`] does, with the code that loads it where `geode` is absent."""
+        for name in self.config.sub_configs:
+            # Loading writes the dtype into each part's configuration; a first save would lack it.
+            part = getattr(self.config, name)
+            if part is not None and part.dtype is None:
+                part.dtype = self.dtype
+        super().save_pretrained(save_directory, **kwargs)
+        # A model loaded from a Hub folder carries its code already; transformers copies it.
+        if type(self).__module__.startswith("geode."):
+            try:
+                from .export_geode import export_code
+            except ImportError:
+                return
+            export_code(save_directory)
+
+
+class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
+    """GEODE without its two heads: encoders, rationale module and language model."""
+
+    def __init__(self, config: GeodeConfig):
+        super().__init__(config)
+        # First, since tools that probe the first checkpointed layer should find one that trains.
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = GeodeMultiModalProjector(config)
+        self.point_encoder = SonataModel(config.point_config)
+        self.reconstructor = None
+        if config.reconstructor_config is not None:
+            self.reconstructor = VggtModel(config.reconstructor_config)
+        self.drm = GeodeRationaleModule(config)
+        self.feature_injection = GeodeFeatureInjection(config) if config.drm_config.inject_features else None
+        self.post_init()
+        self.freeze_encoders()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        media_embeds: torch.Tensor | None = None,
+        feedback_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | GeodeModelOutputWithPast:
+        """
+        Embed tokens, put media in their places, and run the language model.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 is padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
+            past_key_values (`Cache`, *optional*): Keys and values of an earlier part of the sequence.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embedded tokens, instead of `input_ids`.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 at placeholders of images, 2 at those of scenes.
+            media_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings for the placeholders, instead of media.
+            feedback_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                What is added to the input embeddings.
+            **kwargs: Media, as in [`~GeodeModel.embed_inputs`], and arguments of the language model.
+
+        Returns:
+            [`GeodeModelOutputWithPast`]
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`; got both or neither.")
+        media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
+        features = {}
+        if media_embeds is None:
+            inputs_embeds, features = self.embed_inputs(
+                input_ids, inputs_embeds, mm_token_type_ids=mm_token_type_ids, **media
+            )
+        else:
+            # `generate` merged the media beforehand; only the placeholders' embeddings are theirs.
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            placeholders = (input_ids == self.config.image_token_id) | (input_ids == self.config.rationale_token_id)
+            inputs_embeds = torch.where(placeholders[..., None], media_embeds.to(inputs_embeds), inputs_embeds)
+        if feedback_embeds is not None:
+            inputs_embeds = inputs_embeds + feedback_embeds.to(inputs_embeds)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return GeodeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features.get("image_features"),
+            video_hidden_states=features.get("scene_features"),
+            rationale_hidden_states=features.get("rationale_features"),
+        )
+
+
+class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
+    """
+    GEODE with its language-model head and its regression head.
+
+    Source: paper, Eqs. 1-7; decisions where it is silent are in docs/architecture.md.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: GeodeConfig):
+        super().__init__(config)
+        self.model = GeodeModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.drh = GeodeRegressionHead(config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """See [`GeodeModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        """See [`GeodeModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    def get_rationale_features(self, video_hidden_states: torch.Tensor, **kwargs) -> RationaleOutput:
+        """See [`GeodeModel.get_rationale_features`]."""
+        return self.model.get_rationale_features(video_hidden_states, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        regression_targets: torch.Tensor | None = None,
+        num_regression_targets: torch.Tensor | int | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        scene_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        point_features: torch.Tensor | None = None,
+        point_coords: torch.Tensor | None = None,
+        point_grid_coords: torch.LongTensor | None = None,
+        point_mask: torch.Tensor | None = None,
+        camera_poses: torch.Tensor | None = None,
+        camera_mask: torch.Tensor | None = None,
+        log_scale: torch.Tensor | None = None,
+        scale_known: torch.Tensor | None = None,
+        geometry_frames: torch.Tensor | None = None,
+        geometry_frame_mask: torch.Tensor | None = None,
+        question_input_ids: torch.LongTensor | None = None,
+        question_attention_mask: torch.LongTensor | None = None,
+        rationale_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        media_embeds: torch.Tensor | None = None,
+        feedback_values: torch.Tensor | None = None,
+        feedback_embeds: torch.Tensor | None = None,
+        return_regression_values: bool = True,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | GeodeCausalLMOutputWithPast:
+        """
+        Predict text and, at control tokens, values.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens.
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Images without geometry, of all samples in order.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 is padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
+            past_key_values (`Cache`, *optional*): Keys and values of an earlier part of the sequence.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embedded tokens, instead of `input_ids`. The regression head needs `input_ids`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): -100 is ignored.
+            regression_targets (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`, *optional*):
+                True values in SI units at control tokens; NaN where there is none.
+            num_regression_targets (`torch.Tensor` of shape `()` or `int`, *optional*): Targets of the whole optimiser
+                step, over all ranks and accumulation steps; the regression loss is a mean over them.
+            pixel_values_videos (`torch.Tensor`, *optional*):
+                Frames of scenes, which are videos and images that carry geometry, of shape `(batch_size, num_scenes,
+                num_frames, 3, height, width)`.
+            video_frame_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_frames)`, *optional*): Valid ones.
+            scene_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Valid scenes.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 at placeholders of images, 2 at those of scenes.
+            point_features (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 9)`, *optional*):
+                Geometry, with the seven arguments that follow; see [`~GeodeModel.get_rationale_features`].
+            point_coords (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 3)`, *optional*): Scene frame.
+            point_grid_coords (`torch.LongTensor` of shape `(batch_size, num_scenes, num_points, 3)`, *optional*): Voxels.
+            point_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_points)`, *optional*): Valid points.
+            camera_poses (`torch.Tensor` of shape `(batch_size, num_scenes, num_cameras, 11)`, *optional*): Cameras.
+            camera_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_cameras)`, *optional*): Valid ones.
+            log_scale (`torch.Tensor` of shape `(batch_size, num_scenes)`, *optional*): Log of metres per unit.
+            scale_known (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Where it is known.
+            geometry_frames (`torch.Tensor`, *optional*):
+                Frames in [0, 1] from which the reconstructor makes the geometry, of shape `(batch_size, num_scenes,
+                num_frames, 3, height, width)`.
+            geometry_frame_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_frames)`, *optional*): Valid ones.
+            question_input_ids (`torch.LongTensor` of shape `(batch_size, question_length)`, *optional*):
+                The question, for `drm_config.question_conditioned`.
+            question_attention_mask (`torch.LongTensor` of shape `(batch_size, question_length)`, *optional*): 0 is padding.
+            rationale_features (`torch.Tensor`, *optional*):
+                Rationale tokens computed before, instead of geometry, of shape `(batch_size, num_scenes,
+                num_rationale_tokens, hidden_size)`.
+            mm_encoder_outputs (`dict`, *optional*): See [`~GeodeModel.embed_inputs`].
+            media_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings for the placeholders, as `generate` prepares them.
+            feedback_values (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`, *optional*): Values whose
+                embeddings are fed back (`drh_config.value_feedback`); default in training: `regression_targets`.
+            feedback_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                What is added to the input embeddings, as `generate` prepares it.
+            return_regression_values (`bool`, defaults to `True`): Run the regression head without targets as well.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Positions for which logits are computed; 0 is all.
+            **kwargs: Arguments of the language model, and `num_items_in_batch`, the label tokens of the whole step.
+
+        Returns:
+            [`GeodeCausalLMOutputWithPast`]
+        """
+        if feedback_embeds is None and self.config.drh_config.value_feedback and input_ids is not None:
+            fed = regression_targets if feedback_values is None else feedback_values
+            if fed is not None:
+                feedback_embeds = self.drh.feedback_embeddings(fed, input_ids, self.dtype)
+        elif feedback_values is not None and not self.config.drh_config.value_feedback:
+            raise ValueError("`feedback_values` were given, but `drh_config.value_feedback` is false. Drop them.")
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values_videos=pixel_values_videos,
+            video_frame_mask=video_frame_mask,
+            scene_mask=scene_mask,
+            mm_token_type_ids=mm_token_type_ids,
+            point_features=point_features,
+            point_coords=point_coords,
+            point_grid_coords=point_grid_coords,
+            point_mask=point_mask,
+            camera_poses=camera_poses,
+            camera_mask=camera_mask,
+            log_scale=log_scale,
+            scale_known=scale_known,
+            geometry_frames=geometry_frames,
+            geometry_frame_mask=geometry_frame_mask,
+            question_input_ids=question_input_ids,
+            question_attention_mask=question_attention_mask,
+            rationale_features=rationale_features,
+            mm_encoder_outputs=mm_encoder_outputs,
+            media_embeds=media_embeds,
+            feedback_embeds=feedback_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+
+        loss = ce_loss = regression_loss = regression_values = None
+        if labels is not None:
+            ce_loss = loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        if regression_targets is not None and input_ids is None:
+            raise ValueError(
+                "`regression_targets` need `input_ids`, which say where the control tokens are; got None."
+            )
+        # Training runs the head on every batch, so that its parameters have gradients on every rank; inference where
+        # there is something to regress.
+        has_loss = labels is not None or regression_targets is not None
+        if input_ids is not None and (
+            has_loss or (return_regression_values and self.drh.control_mask(input_ids).any())
+        ):
+            regression = self.drh(hidden_states, input_ids, regression_targets, num_regression_targets)
+            regression_values = regression.values
+        if has_loss and regression_values is not None:
+            regression_loss = self._scale_regression_loss(
+                regression.loss, labels, num_regression_targets, kwargs.get("num_items_in_batch")
+            )
+            weighted = self.config.drh_config.loss_weight * regression_loss
+            loss = weighted if loss is None else loss + weighted.to(loss)
+        return GeodeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            ce_loss=ce_loss,
+            regression_loss=regression_loss,
+            regression_values=regression_values,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+            rationale_hidden_states=outputs.rationale_hidden_states,
+        )
+
+    @staticmethod
+    def _scale_regression_loss(loss, labels, num_regression_targets, num_items_in_batch):
+        """
+        Make the term a share of its optimiser step where only the number of label tokens is known.
+
+        `Trainer` sums the losses of all micro-batches and ranks once it passes `num_items_in_batch`, so a mean over the
+        micro-batch would count once for each of them. Weighting it by the micro-batch's share of the label tokens
+        keeps it a mean; `num_regression_targets`, which our trainers pass, makes it the exact one.
+        """
+        if num_regression_targets is not None or num_items_in_batch is None or labels is None:
+            return loss
+        return loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+
+
+__all__ = ["GeodeForConditionalGeneration", "GeodeModel", "GeodePreTrainedModel"]
