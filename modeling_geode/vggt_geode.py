@@ -169,7 +169,7 @@ class VggtAttention(nn.Module):
         """Map `(batch_size, num_frames, num_tokens, hidden_size)` to the same shape."""
         qkv = self.qkv(hidden_states.to(self.qkv.weight.dtype))
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query.to(self.q_norm.weight.dtype))
             key = self.k_norm(key.to(self.k_norm.weight.dtype))
         if rotary is not None:
@@ -340,7 +340,9 @@ class VggtFusion(nn.Module):
 
     def forward(self, lateral: torch.Tensor, coarser: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
         """Return features of `size`; the coarsest level has no `coarser` and is taken as it is."""
-        features = lateral if coarser is None else coarser + self.lateral_unit(lateral)
+        features = lateral
+        if coarser is not None and self.lateral_unit is not None:
+            features = coarser + self.lateral_unit(lateral)
         # A 1x1 convolution commutes with interpolation; on the smaller map it costs a quarter.
         features = self.projection(self.output_unit(features))
         return F.interpolate(features, size=size, mode="bilinear", align_corners=True)
@@ -434,7 +436,7 @@ class VggtModel(PreTrainedModel):
     config: VggtConfig
     base_model_prefix = "vggt"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _no_split_modules = ["VggtLayer", "VggtCameraHead", "VggtDenseHead"]  # noqa: RUF012
     # Regular expressions (checked on transformers 5.23), specific enough to leave a surrounding model alone. The trunk's
@@ -465,8 +467,8 @@ class VggtModel(PreTrainedModel):
             layer_norm_eps=1e-6,
             layerscale_value=1.0,
             initializer_range=config.initializer_range,
-            attn_implementation=config._attn_implementation,
         )
+        trunk_config._attn_implementation = config._attn_implementation
         self.trunk = Dinov2WithRegistersModel(trunk_config)
         # Part of the checkpoint's format, read by its pre-training only.
         self.trunk.embeddings.mask_token.requires_grad_(False)
@@ -543,7 +545,7 @@ class VggtModel(PreTrainedModel):
             self._embed_frames(pixel_values, chunk_size), grid, chunk_size, keeps_layers=keeps_layers
         )
 
-        fields = {}
+        fields: dict[str, Any] = {}
         # The heads always run in float32: bfloat16 resolves a depth to three digits.
         with _autocast(pixel_values.device, None):
             if "camera" in heads:

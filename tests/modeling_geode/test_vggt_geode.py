@@ -596,6 +596,9 @@ def test_preprocessing_does_not_depend_on_the_container():
     ):
         assert torch.equal(preprocess_images(images), want)
     assert torch.equal(preprocess_images(str(path)), want[:1])
+    # Floating point frames are rounded to the nearest of 256 values, not cut off.
+    for shift in (-0.4, 0.4):
+        assert torch.equal(preprocess_images(((tensor + shift) / 255).clamp(0, 1)), want[:1])
 
 
 def ramp(height: int, width: int) -> np.ndarray:
