@@ -2,8 +2,8 @@
 """
 A scene's geometry, its tensors for the model, and its encoding.
 
-[`SceneGeometry`] brings RGB-D frames or a point cloud into the scene frame of `docs/conventions.md`: right-handed, z up,
-origin on the floor below the first camera. [`SceneEncoding`] is what the model makes of a scene once, for many
+[`SceneGeometry`] brings RGB-D frames or a point cloud into the scene frame of `docs/conventions.md`: right-handed, z
+up, origin on the floor below the first camera. [`SceneEncoding`] is what the model makes of a scene once, for many
 questions.
 """
 
@@ -43,12 +43,14 @@ from .scene_inputs_geode import (
     check_voxel_size,
     coarser_voxels,
     confident_pixels,
+    floor_height,
     frame_cloud,
     kind_of,
     nominal_unit,
     rigid_matrix,
     sparse_points,
-    thin_cloud,
+    thin_by_voxels,
+    thin_to_count,
     to_cameras,
     to_colors,
     to_images,
@@ -64,9 +66,6 @@ FORMAT_VERSION = 1
 # Where metres come from: the input was metric, or the caller knew poses, depth, one length or the camera's height.
 SCALE_SOURCES = ("metric", "poses", "depth", "length", "camera_height", "unknown")
 GRAVITY_SOURCES = ("given", "assumed", "estimated")
-# The floor is this percentile of the points' heights: low enough to lie in the floor's points wherever it is seen,
-# high enough to ignore stray points below it.
-FLOOR_PERCENTILE = 1.0
 
 _TENSORS_FILE, _HEADER_FILE = "geometry.safetensors", "geometry.json"
 _CLOUD_FIELDS = ("points", "colors", "normals", "scene_from_dataset")
@@ -236,9 +235,12 @@ class SceneGeometry:
             for i, pose in enumerate(aligned_from_cam)
         ]
         cloud = [torch.cat(parts) for parts in zip(*clouds, strict=True)]
-        cloud = thin_cloud(cloud, voxel_size_m * unit, max_points)
+        cloud = thin_by_voxels(cloud, voxel_size_m * unit)
+        # Before it is thinned further, so that the frame does not depend on `max_points`.
+        floor = floor_height(cloud[0])
         return _place_on_floor(
-            cloud,
+            thin_to_count(cloud, max_points),
+            floor,
             aligned_from_dataset,
             poses,
             intrinsics=intrinsics,
@@ -318,12 +320,17 @@ class SceneGeometry:
         aligned_from_dataset = rigid_matrix(rotation, -anchor)
         cloud = [points, colors] if normals is None else [points, colors, to_normals(normals, points) @ rotation.T]
         centers = transform_points(aligned_from_dataset, poses[:, :3, 3])
-        unit = 1.0 if is_metric or voxel_size_m is None else nominal_unit(points, centers)
-        cloud = thin_cloud(cloud, None if voxel_size_m is None else voxel_size_m * unit, max_points)
+        if voxel_size_m is not None:
+            unit = 1.0 if is_metric else nominal_unit(points, centers)
+            cloud = thin_by_voxels(cloud, voxel_size_m * unit)
+        # Before it is thinned further, so that the frame does not depend on `max_points`.
+        floor = floor_height(cloud[0])
+        cloud = thin_to_count(cloud, max_points)
         if normals is None:
             cloud.append(estimate_normals(cloud[0], camera_centers=centers))
         return _place_on_floor(
             cloud,
+            floor,
             aligned_from_dataset,
             poses,
             intrinsics=intrinsics,
@@ -708,12 +715,16 @@ def collate_scenes(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, to
 
 
 def _place_on_floor(
-    cloud: list[torch.Tensor], aligned_from_dataset: torch.Tensor, poses: torch.Tensor, *, is_metric: bool, **fields
+    cloud: list[torch.Tensor],
+    floor: torch.Tensor,
+    aligned_from_dataset: torch.Tensor,
+    poses: torch.Tensor,
+    *,
+    is_metric: bool,
+    **fields,
 ) -> SceneGeometry:
     """Lower an upright cloud onto its floor and build the scene."""
     points, colors, normals = cloud
-    rank = max(1, math.ceil(FLOOR_PERCENTILE / 100 * len(points)))
-    floor = points[:, 2].kthvalue(rank).values
     scene_from_dataset = aligned_from_dataset.clone()
     scene_from_dataset[2, 3] -= floor
     points = points - torch.stack([torch.zeros_like(floor), torch.zeros_like(floor), floor])

@@ -23,6 +23,9 @@ from .geometry_geode import (
 
 # A cloud of unknown scale is voxelised as if its cameras were, in the median, this far from its points.
 NOMINAL_DISTANCE_M = 2.5
+# The floor is this percentile of the points' heights: low enough to lie in the floor's points wherever it is seen,
+# high enough to ignore stray points below it.
+FLOOR_PERCENTILE = 1.0
 # Points whose confidence lies in this lowest part are dropped, as VGGT's authors suggest.
 DROPPED_CONFIDENCE_FRACTION = 0.2
 # Guards against wrong units and runaway memory; no room comes near them.
@@ -348,11 +351,14 @@ def frame_cloud(depth, keep, image, intrinsics, aligned_from_cam, voxel_size: fl
     normals = torch.where((normals == 0).all(dim=1, keepdim=True), facing, normals) @ aligned_from_cam[:3, :3].T
     points = transform_points(aligned_from_cam, points_cam)
     colors = torch.zeros_like(points) if image is None else image[valid].double() / 255
-    return _thin_by_voxels([points, colors, normals], voxel_size, origin=points.new_zeros(3))
+    return thin_by_voxels([points, colors, normals], voxel_size)
 
 
-def _thin_by_voxels(cloud: list[torch.Tensor], voxel_size: float, *, origin: torch.Tensor) -> list[torch.Tensor]:
+def thin_by_voxels(
+    cloud: list[torch.Tensor], voxel_size: float, *, origin: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """Keep the point nearest to each voxel's centre; its normal becomes the sum of those that face the same way."""
+    origin = cloud[0].new_zeros(3) if origin is None else origin
     rows, voxel_of_point = voxel_representatives(cloud[0], voxel_size, origin=origin)
     thinned = [values[rows] for values in cloud]
     if len(cloud) == 3:
@@ -362,23 +368,24 @@ def _thin_by_voxels(cloud: list[torch.Tensor], voxel_size: float, *, origin: tor
     return thinned
 
 
-def thin_cloud(cloud: list[torch.Tensor], voxel_size: float | None, max_points: int | None) -> list[torch.Tensor]:
-    """Keep one point per voxel, and enlarge the voxels until at most `max_points` are left. Normals change length."""
+def thin_to_count(cloud: list[torch.Tensor], max_points: int | None) -> list[torch.Tensor]:
+    """Keep one point per voxel, with voxels that grow until at most `max_points` are left."""
     if max_points is not None and max_points < 1:
         raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
-    if voxel_size is not None:
-        cloud = _thin_by_voxels(cloud, voxel_size, origin=cloud[0].new_zeros(3))
-    if max_points is None or len(cloud[0]) <= max_points:
-        return cloud
-    origin = cloud[0].min(dim=0).values
-    if voxel_size is None:
-        voxel_size = float((cloud[0] - origin).max()) / math.sqrt(len(cloud[0])) or 1.0
-    thinned = cloud
-    while len(thinned[0]) > max_points:
+    points, thinned = cloud[0], cloud
+    origin = points.min(dim=0).values
+    # The spacing of as many points on a square as wide as the cloud, so less than any that is needed.
+    voxel_size = float((points - origin).max()) / math.sqrt(len(points)) or 1.0
+    while max_points is not None and len(thinned[0]) > max_points:
+        thinned = thin_by_voxels(cloud, voxel_size, origin=origin)
         # The count of occupied voxels on surfaces falls with the square of their edge.
         voxel_size *= max(1.05, math.sqrt(len(thinned[0]) / max_points))
-        thinned = _thin_by_voxels(cloud, voxel_size, origin=origin)
     return thinned
+
+
+def floor_height(points: torch.Tensor) -> torch.Tensor:
+    """A low percentile of the heights."""
+    return points[:, 2].kthvalue(max(1, math.ceil(FLOOR_PERCENTILE / 100 * len(points)))).values
 
 
 def coarser_voxels(grid_coords: torch.Tensor, max_points: int | None) -> torch.Tensor:

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Tests of scene geometry and scene encodings.
-
-The oracle is a room whose walls are planes: depth, points and normals come from a loop over rays, in a dataset frame
-that is neither centred nor aligned with the scene frame.
-"""
+"""Tests of scene geometry and scene encodings. The oracle is the room of `common_scene_geode.py`."""
 
 import hashlib
 import itertools
@@ -22,84 +17,28 @@ from safetensors.torch import save_file
 
 from geode.modeling_geode.geometry_geode import box_corners, encode_camera_poses, transform_points
 from geode.modeling_geode.scene_geode import SceneEncoding, SceneGeometry, collate_scenes
-
-
-# Walls of the room in the dataset's frame: its floor is at z = -0.3 and its sides are 5 x 4.4 x 2.6 metres.
-LOW, HIGH = (-1.5, -2.0, -0.3), (3.5, 2.4, 2.3)
-CENTERS = ((0.4, 0.2, 1.1), (1.0, -0.3, 1.3), (0.1, 0.6, 0.9))
-HEADINGS_DEG, PITCHES_DEG = (20.0, 105.0, -130.0), (-12.0, -20.0, -5.0)
-HEIGHT, WIDTH = 18, 26
-FX, FY, CX, CY = 15.0, 14.0, 11.7, 9.4
-CAMERA_HEIGHT = CENTERS[0][2] - LOW[2]
-FINE = 1e-4  # voxels so small that every pixel keeps its own point
-
-
-def pose_by_hand(center, heading_deg, pitch_deg):
-    """Camera at `center` that looks along the heading (from +x towards +y), pitched up, without roll."""
-    heading, pitch = math.radians(heading_deg), math.radians(pitch_deg)
-    forward = (math.cos(pitch) * math.cos(heading), math.cos(pitch) * math.sin(heading), math.sin(pitch))
-    right = (math.sin(heading), -math.cos(heading), 0.0)
-    down = tuple(np.cross(forward, right))
-    pose = np.eye(4)
-    pose[:3, :3] = np.array([right, down, forward]).T
-    pose[:3, 3] = center
-    return pose
-
-
-def cast_ray(center, direction):
-    """Steps along `direction` to the first wall, and the wall's normal, pointing inwards."""
-    best, normal = math.inf, None
-    for axis, (walls, sign) in itertools.product(range(3), ((LOW, 1.0), (HIGH, -1.0))):
-        if direction[axis] * sign < 0:
-            steps = (walls[axis] - center[axis]) / direction[axis]
-            if steps < best:
-                best, normal = steps, tuple(sign if i == axis else 0.0 for i in range(3))
-    return best, normal
-
-
-class Room:
-    """Three frames of the room: depth, wall normals, poses and images, all made by a loop."""
-
-    def __init__(self):
-        self.world_from_cam = np.stack(
-            [pose_by_hand(*args) for args in zip(CENTERS, HEADINGS_DEG, PITCHES_DEG, strict=True)]
-        )
-        self.intrinsics = np.broadcast_to(np.array([[FX, 0.0, CX], [0.0, FY, CY], [0.0, 0.0, 1.0]]), (3, 3, 3))
-        self.depth = np.zeros((3, HEIGHT, WIDTH))
-        self.points, self.normals = np.zeros((2, 3, HEIGHT, WIDTH, 3))
-        for frame, v, u in itertools.product(range(3), range(HEIGHT), range(WIDTH)):
-            ray = self.world_from_cam[frame, :3, :3] @ np.array([(u - CX) / FX, (v - CY) / FY, 1.0])
-            self.depth[frame, v, u], self.normals[frame, v, u] = cast_ray(CENTERS[frame], ray)
-            self.points[frame, v, u] = CENTERS[frame] + self.depth[frame, v, u] * ray
-        generator = np.random.default_rng(0)
-        self.images = generator.integers(0, 256, (3, HEIGHT, WIDTH, 3), dtype=np.uint8)
-
-    def build(self, **changes):
-        fields = {name: getattr(self, name) for name in ("depth", "intrinsics", "world_from_cam", "images")}
-        return SceneGeometry.from_rgbd(**{**fields, "up": (0, 0, 1), **changes})
+from tests.modeling_geode.common_scene_geode import (
+    CAMERA_HEIGHT,
+    CX,
+    CY,
+    FINE,
+    FX,
+    FY,
+    HEIGHT,
+    HIGH,
+    LOW,
+    WIDTH,
+    Room,
+    in_order,
+    pose_by_hand,
+    rigid,
+    scaled_room,
+)
 
 
 @pytest.fixture(scope="module")
 def room():
     return Room()
-
-
-def in_order(points, *others):
-    """Rows sorted by their first three columns, so that clouds compare as sets."""
-    rows = np.concatenate(
-        [np.asarray(values, dtype=np.float64).reshape(-1, 3) for values in (points, *others)], axis=1
-    )
-    return rows[np.lexsort(np.round(rows[:, 2::-1], 4).T)]
-
-
-def rigid(yaw, pitch, roll, translation):
-    a, b, c = (np.array([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]]) for t in (yaw, pitch, roll))
-    about_z, about_y, about_x = np.eye(4), np.eye(4), np.eye(4)
-    about_z[:2, :2], about_x[1:3, 1:3] = a, c
-    about_y[np.ix_((0, 2), (0, 2))] = b
-    matrix = about_z @ about_y @ about_x
-    matrix[:3, 3] = translation
-    return matrix
 
 
 # ---- from RGB-D ----
@@ -202,8 +141,10 @@ def test_from_rgbd_thins_to_max_points_deterministically(room, limit):
     scene, again = room.build(max_points=limit), room.build(max_points=limit)
     assert limit / 3 <= scene.num_points <= limit
     assert torch.equal(scene.points, again.points)
-    every = {tuple(p) for p in in_order(room.build().points).round(4)[:, :2]}
-    assert {tuple(p) for p in in_order(scene.points).round(4)[:, :2]} <= every
+    # The frame does not depend on the limit, so the points are points of the whole cloud, to the bit.
+    whole = room.build()
+    assert torch.equal(scene.scene_from_dataset, whole.scene_from_dataset)
+    assert {tuple(p) for p in scene.points.tolist()} <= {tuple(p) for p in whole.points.tolist()}
 
 
 def test_from_rgbd_does_not_change_its_inputs(room):
@@ -284,7 +225,7 @@ def test_floor_is_the_first_percentile_of_the_heights():
     translation=st.tuples(*[st.floats(-1e4, 1e4)] * 3),
 )
 def test_scene_does_not_depend_on_the_frame_of_the_dataset(tilt, translation):
-    room = ROOM
+    room = Room()
     moved_from_dataset = rigid(*tilt, translation)
     scene = room.build(voxel_size_m=FINE)
     moved = room.build(
@@ -299,9 +240,6 @@ def test_scene_does_not_depend_on_the_frame_of_the_dataset(tilt, translation):
     moved_points = moved_points + torch.tensor(translation, dtype=torch.float64)
     mapped = transform_points(moved.scene_from_dataset, moved_points)
     torch.testing.assert_close(mapped[:, 2].sort().values.float(), scene.points[:, 2].sort().values, atol=1e-4, rtol=0)
-
-
-ROOM = Room()
 
 
 def test_both_constructors_agree(room):
@@ -337,9 +275,23 @@ def test_from_point_cloud_estimates_normals_that_face_the_cameras(room):
         up=(0, 0, 1),
     )
     assert scene.num_points == 2400
-    on_floor = scene.points[:, 2] < 0.2
-    expected = torch.where(on_floor[:, None], torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0]))
+    expected = torch.where(scene.points[:, 2:] < 0.2, torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0]))
     torch.testing.assert_close(scene.normals, expected, atol=1e-5, rtol=0)
+    # The same in a dataset whose up is -y, far away: the smallest rotation back is the one that was undone.
+    dataset_from_scene = np.array([[1.0, 0, 0, 30], [0, 0, -1, 200], [0, 1, 0, -70], [0, 0, 0, 1]])
+    points = np.concatenate([grid, wall]) @ dataset_from_scene[:3, :3].T + dataset_from_scene[:3, 3]
+    poses = dataset_from_scene @ pose_by_hand((1.0, 0.7, 1.0), 180.0, 0.0)[None]
+    for normals in (None, expected.numpy() @ dataset_from_scene[:3, :3].T):
+        far = SceneGeometry.from_point_cloud(
+            points,
+            normals=normals,
+            world_from_cam=poses,
+            intrinsics=room.intrinsics[:1],
+            image_size=(HEIGHT, WIDTH),
+            up=(0, -1, 0),
+        )
+        torch.testing.assert_close(far.points, scene.points, atol=1e-5, rtol=0)
+        torch.testing.assert_close(far.normals, expected, atol=1e-5, rtol=0)
 
 
 def test_from_point_cloud_takes_float_colours(room):
@@ -348,6 +300,16 @@ def test_from_point_cloud_takes_float_colours(room):
     scene = SceneGeometry.from_point_cloud(points, colors=colors, voxel_size_m=None)
     np.testing.assert_allclose(scene.colors.numpy(), colors, atol=1e-7)
     assert SceneGeometry.from_point_cloud(points).colors.abs().max() == 0
+
+
+@pytest.mark.parametrize("voxel_size_m", [None, 0.1])
+def test_from_point_cloud_thins_to_max_points_in_the_frame_of_the_whole(voxel_size_m):
+    # Heights are uniform, so a percentile of fewer points would be another height.
+    points = np.random.default_rng(2).random((2000, 3)) * np.array([3.0, 2.0, 1.0])
+    whole = SceneGeometry.from_point_cloud(points, voxel_size_m=voxel_size_m)
+    scene = SceneGeometry.from_point_cloud(points, voxel_size_m=voxel_size_m, max_points=60)
+    assert 20 <= scene.num_points <= 60
+    assert {tuple(p) for p in scene.points.tolist()} <= {tuple(p) for p in whole.points.tolist()}
 
 
 # ---- boxes and scale ----
@@ -370,12 +332,6 @@ def test_boxes_of_a_tilted_scene_are_refused(room):
     scene = room.build(up=None)
     with pytest.raises(ValueError, match=r"tilts it by 12.0 degrees. Give the dataset's up direction as `up`"):
         scene.boxes_in_scene(torch.zeros(1, 7))
-
-
-def scaled_room(room, factor, **changes):
-    poses = room.world_from_cam.copy()
-    poses[:, :3, 3] *= factor
-    return room.build(depth=room.depth * factor, world_from_cam=poses, is_metric=False, **changes)
 
 
 @pytest.mark.convention
@@ -706,137 +662,6 @@ def test_scene_encoding_refuses_wrong_tensors_and_files(tmp_path):
     (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps({"visual_tokens": [1]}))
     with pytest.raises((ValueError, OSError)):
         SceneEncoding.load(tmp_path / "pickle.safetensors")
-
-
-# ---- errors ----
-
-
-def with_value(array, index, value):
-    array = np.array(array)
-    array[index] = value
-    return array
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda r: {"depth": r.depth[:2]}, r"`depth` has 2 frames and `world_from_cam` has 3"),
-        (lambda r: {"intrinsics": r.intrinsics[0]}, r"shape \(3, 3, 3\) .*3 poses.*got \(3, 3\).*expand it first"),
-        (lambda r: {"world_from_cam": r.world_from_cam[0]}, r"shape \(num_cameras, 4, 4\), got \(4, 4\)"),
-        (lambda r: {"depth": r.depth * 0}, r"got none above 0 in 1404 pixels"),
-        (lambda r: {"depth": -r.depth}, r"`depth` must not be negative, got a minimum of -"),
-        (lambda r: {"depth": r.depth[0]}, r"\(num_frames, height, width\), none of them 0, got \(18, 26\)"),
-        (lambda r: {"depth": r.depth * 1000}, r"at most 1000 m wide, got .* \(millimetres\?\)"),
-        (lambda r: {"max_input_points": 1403}, r"At most `max_input_points`=1,403 points are taken, got 1,404"),
-        (lambda r: {"images": r.images[:, :-1]}, r"`images` must have shape \(3, 18, 26, 3\).*got \(3, 17, 26, 3\)"),
-        (lambda r: {"voxel_size_m": 0.0}, r"`voxel_size_m` must be positive, got 0.0"),
-        (lambda r: {"max_points": 0}, r"`max_points` must be at least 1, got 0"),
-        (lambda r: {"up": (0, 1)}, r"`up` must be one direction of 3 numbers, got shape \(2,\)"),
-        (lambda r: {"up": (0, 0, 0)}, r"`up` must be a finite direction of positive length"),
-        (
-            lambda r: {"depth_confidence": r.depth[:, 1:]},
-            r"`depth_confidence` must have shape \(3, 18, 26\), got \(3, 17",
-        ),
-        (lambda r: {"depth_confidence": r.depth * math.nan}, r"`depth_confidence` must be finite, got 1404"),
-        (lambda r: {"timestamps_s": [0.0, 1.0]}, r"`timestamps_s` must have shape \(3,\), got \(2,\)"),
-        (
-            lambda r: {"world_from_cam": with_value(r.world_from_cam, (1, 0, 3), -math.inf)},
-            r"`world_from_cam` must be finite, but is not at indices \[1\].*lost tracking",
-        ),
-        (
-            lambda r: {"world_from_cam": with_value(r.world_from_cam, (slice(None), slice(0, 3), 0), 0.0)},
-            r"orthonormal, determinant 1\), got an error of 0.933 .*indices \[0, 1, 2\]",
-        ),
-        (
-            lambda r: {"world_from_cam": r.world_from_cam * np.array([-1.0, 1.0, 1.0, 1.0])},
-            r"least determinant of -1 at indices \[0, 1, 2\]",
-        ),
-        (
-            lambda r: {"world_from_cam": with_value(r.world_from_cam, (2, 3, 0), 0.5)},
-            r"last row \(0, 0, 0, 1\), but has not at indices \[2\]",
-        ),
-        (
-            lambda r: {"intrinsics": with_value(r.intrinsics, (1, 0, 0), -15.0)},
-            r"positive focal lengths, got -15",
-        ),
-        (
-            lambda r: {"intrinsics": with_value(r.intrinsics, (1, 0, 1), 0.2)},
-            r"without skew, got \[\[15.0, 0.2.* at indices \[1\]",
-        ),
-        (lambda r: {"intrinsics": r.intrinsics * math.nan}, r"`intrinsics` must be finite, got 27"),
-    ],
-)
-def test_from_rgbd_names_what_is_wrong(room, make, message):
-    with pytest.raises(ValueError, match=message):
-        room.build(**make(room))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda r: {"depth": (r.depth * 1000).astype(np.uint16)}, r"floating point, got torch.uint16.*divide by 1000"),
-        (lambda r: {"images": r.images / 255}, r"`images` must be uint8 in 0..255, got torch.float64"),
-        (lambda r: {"depth": "depth.png"}, r"`depth` must be an array or a tensor, got str"),
-    ],
-)
-def test_from_rgbd_names_the_wrong_type(room, make, message):
-    with pytest.raises(TypeError, match=message):
-        room.build(**make(room))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"points": np.zeros((0, 3))}, r"at least one point, got \(0, 3\)"),
-        ({"points": np.zeros((3, 4))}, r"\(num_points, 3\) with at least one point, got \(3, 4\)"),
-        (
-            {"points": np.array([[0.0, math.nan, math.inf]])},
-            r"`points` must be finite, got 2 NaN or infinite values of 3",
-        ),
-        ({"points": np.eye(3) * 5000}, r"at most 1000 m wide, got 5000 m"),
-        ({"max_input_points": 19}, r"`max_input_points`=19 points are taken, got 20"),
-        ({"colors": np.full((20, 3), 255.0)}, r"`colors` must lie in \[0, 1\], got 255 to 255"),
-        ({"colors": np.zeros((19, 3))}, r"`colors` must have shape \(20, 3\), got \(19, 3\)"),
-        ({"normals": np.zeros((20, 3))}, r"`normals` must have positive length, got 20 zeros of 20"),
-        ({"world_from_cam": np.eye(4)[None]}, r"Cameras need both .* got no `intrinsics`"),
-        (
-            {"world_from_cam": np.eye(4)[None], "intrinsics": np.eye(3)[None]},
-            r"`image_size` must be \(height, width\) in whole pixels with cameras, got None",
-        ),
-        (
-            {"world_from_cam": np.eye(4)[None], "intrinsics": np.eye(3)[None].repeat(2, 0), "image_size": (4, 5)},
-            r"`intrinsics` must have shape \(1, 3, 3\) to match the 1 poses .* got \(2, 3, 3\)",
-        ),
-    ],
-)
-def test_from_point_cloud_names_what_is_wrong(arguments, message):
-    points = np.random.default_rng(0).random((20, 3))
-    with pytest.raises(ValueError, match=message):
-        SceneGeometry.from_point_cloud(**{"points": points, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (
-            {"points": torch.zeros(4, 3).double()},
-            TypeError,
-            r"`points` must be a torch.float32 tensor .* got torch.float64",
-        ),
-        ({"normals": torch.full((4, 3), 2.0)}, ValueError, r"unit length, got one that is 2.464 off"),
-        ({"scale_source": "unknown"}, ValueError, r"got 'unknown' with `is_metric`=True"),
-        ({"is_metric": "yes"}, TypeError, r"`is_metric` must be True or False, got 'yes'"),
-        ({"is_metric": False}, ValueError, r"got 'metric' with `is_metric`=False"),
-        ({"gravity": "measured"}, ValueError, r"`gravity` must be one of .* got 'measured'"),
-        ({"metres_per_unit": 0.0}, ValueError, r"`metres_per_unit` must be positive, got 0.0"),
-        ({"scene_from_dataset": torch.eye(4).double() * 2}, ValueError, r"`scene_from_dataset` must hold rotations"),
-        ({"scene_from_dataset": torch.eye(3).double()}, ValueError, r"made of 4x4 matrices, got shape \(3, 3\)"),
-    ],
-)
-def test_scene_geometry_checks_its_fields(change, error, message):
-    fields = {"points": torch.rand(4, 3), "colors": torch.rand(4, 3), "normals": torch.eye(3)[[0, 1, 2, 0]]}
-    with pytest.raises(error, match=message):
-        SceneGeometry(**{**fields, **change})
 
 
 def test_summary_fits_into_json(room):
