@@ -12,6 +12,7 @@ from typing import NamedTuple
 from geode import embedded_scene
 from geode.commands import GEOMETRY_FOLDER, answer_question, load_checkpoint
 from geode.data.synthetic_rooms.draw import draw_scene
+from geode.data.synthetic_rooms.questions import prompt_of
 from geode.modeling_geode.answers_geode import Answer, Box3D, format_number
 
 
@@ -28,6 +29,7 @@ class Comparison(NamedTuple):
         truth (`str`): What is true, with the same unit.
         error (`float`, *optional*): Absolute error in that unit; between centres, in metres, for a box; 0 or 1 for a
             choice. None if the model gave no such answer.
+        unit (`str`, *optional*): The unit of `error`; None for a choice.
         relative_error (`float`, *optional*): A number's error over its truth.
     """
 
@@ -35,6 +37,7 @@ class Comparison(NamedTuple):
     predicted: str
     truth: str
     error: float | None
+    unit: str | None = None
     relative_error: float | None = None
 
 
@@ -73,11 +76,6 @@ def read_questions(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def prompt_of(row: dict) -> str:
-    """Return the text of a question, with its options where there are some."""
-    return "\n".join([row["question"], *(["Options:", *row["options"]] if row.get("options") else [])])
-
-
 def compare(row: dict, answer: Answer) -> Comparison:
     """
     Compare an answer with a question's truth.
@@ -95,14 +93,14 @@ def compare(row: dict, answer: Answer) -> Comparison:
         >>> from geode.modeling_geode.answers_geode import Answer, Measurement
         >>> answer = Answer(text="180", values=[Measurement("<REG>", 180.0, "cm", 1.8)], boxes=[])
         >>> compare({"value": 150.0, "unit": "cm", "ground_truth": "150"}, answer)[1:]
-        ('180.00 cm', '150.00 cm', 30.0, 0.2)
+        ('180.00 cm', '150.00 cm', 30.0, 'cm', 0.2)
     """
     said = " ".join(answer.text.split())
     if row.get("box") is not None:
         box = Box3D.from_values(row["box"])
         if not answer.boxes:
             return Comparison("box", said, box.text, None)
-        return Comparison("box", answer.boxes[0].text, box.text, math.dist(answer.boxes[0].center, box.center))
+        return Comparison("box", answer.boxes[0].text, box.text, math.dist(answer.boxes[0].center, box.center), "m")
     if row.get("value") is not None:
         truth, unit = row["value"], row["unit"]
         found = [item.value for item in answer.values if item.unit == unit and isinstance(item.value, float)]
@@ -110,7 +108,7 @@ def compare(row: dict, answer: Answer) -> Comparison:
             return Comparison("number", said, with_unit(truth, unit), None)
         error = abs(found[0] - truth)
         relative = error / abs(truth) if truth else None
-        return Comparison("number", with_unit(found[0], unit), with_unit(truth, unit), error, relative)
+        return Comparison("number", with_unit(found[0], unit), with_unit(truth, unit), error, unit, relative)
     return Comparison("choice", said, row["ground_truth"], float(said[:1].upper() != row["ground_truth"]))
 
 
@@ -124,9 +122,9 @@ def describe(comparison: Comparison) -> str:
     text = f"-> {comparison.predicted} (truth {comparison.truth}"
     if comparison.error is None:
         return f"{text}, no {comparison.kind} in the answer)"
-    if comparison.kind == "choice":
+    if comparison.unit is None:
         return f"{text}, {'wrong' if comparison.error else 'right'})"
-    return f"{text}, error {comparison.error:.2f}{' m' if comparison.kind == 'box' else ''})"
+    return f"{text}, error {with_unit(comparison.error, comparison.unit)})"
 
 
 def summarize(comparisons: list[Comparison], *, seconds: float) -> str:

@@ -166,12 +166,21 @@ def test_compare_measures_boxes_between_centres():
     assert describe(comparison).endswith("error 5.00 m)")
 
 
+def test_compare_measures_numbers_in_the_asked_unit():
+    from geode.demo import compare, describe
+
+    answer = Answer(text="4", values=[Measurement("<REG>", 4.0, "count", 4.2)], boxes=[])
+    comparison = compare({"ground_truth": "5", "value": 5.0, "unit": "count"}, answer)
+    assert comparison == ("number", "4", "5", 1.0, "count", 0.2)
+    assert describe(comparison) == "-> 4 (truth 5, error 1)"
+
+
 def test_compare_does_not_mix_units():
     from geode.demo import compare, describe
 
     row = {"ground_truth": "150", "value": 150.0, "unit": "cm"}
     answer = Answer(text="1.50", values=[Measurement("<REG>", 1.5, "m", 1.5)], boxes=[])
-    assert compare(row, answer) == ("number", "1.50", "150.00 cm", None, None)
+    assert compare(row, answer) == ("number", "1.50", "150.00 cm", None, None, None)
     assert describe(compare(row, answer)) == "-> 1.50 (truth 150.00 cm, no number in the answer)"
 
 
@@ -187,10 +196,10 @@ def test_summary_counts_what_was_answered():
     from geode.demo import Comparison, summarize
 
     comparisons = [
-        Comparison("number", "", "", 1.0, 0.1),
-        Comparison("number", "", "", 3.0, 0.3),
+        Comparison("number", "", "", 1.0, "m", 0.1),
+        Comparison("number", "", "", 3.0, "m", 0.3),
         Comparison("number", "", "", None),
-        Comparison("box", "", "", 0.25),
+        Comparison("box", "", "", 0.25, "m"),
         Comparison("choice", "", "", 0.0),
         Comparison("choice", "", "", 1.0),
     ]
@@ -198,12 +207,3 @@ def test_summary_counts_what_was_answered():
         "summary: 6 questions in 2.0 s; 2 numbers with a median error of 20.0 %; 1 boxes with a mean error of 0.25 m "
         "between centres; 1 of 2 choices right; 1 without the value that was asked for"
     )
-
-
-def test_prompt_lists_the_options():
-    from geode.demo import prompt_of
-
-    assert prompt_of({"question": "Left or right?", "options": ["A. left", "B. right"]}) == (
-        "Left or right?\nOptions:\nA. left\nB. right"
-    )
-    assert prompt_of({"question": "How many?", "options": None}) == "How many?"

@@ -249,6 +249,8 @@ def run_stranger(script: str, *arguments: object, cwd: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    # transformers asks "run the custom code? [y/N]" on standard output where it was not told.
+    assert result.stdout == ""
 
 
 def put_in_hub_cache(folder: Path, repository: str, hf_home: Path) -> None:
@@ -333,6 +335,14 @@ def test_saved_folder_answers_alike_where_geode_is_absent(tiny_model, tiny_proce
         assert result["answers"] == answers
     saved, resaved = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("geode-tiny", "resaved"))
     assert resaved == saved
+
+
+def test_saved_folder_loads_with_geode_without_a_question(tiny_model, tiny_processor, tmp_path, capsys):
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    GeodeForConditionalGeneration.from_pretrained(tmp_path)
+    GeodeProcessor.from_pretrained(tmp_path)
+    assert "custom code" not in capsys.readouterr().out
 
 
 def test_saving_twice_writes_the_same_bytes(tiny_model, tmp_path):
