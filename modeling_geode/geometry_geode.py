@@ -9,6 +9,7 @@ and pixel centres are those of `docs/conventions.md`.
 import math
 
 import torch
+from transformers.utils import logging
 
 
 try:
@@ -16,6 +17,8 @@ try:
 except ImportError:
     cKDTree = None  # `estimate_normals` then compares all pairs of points
 
+
+logger = logging.get_logger(__name__)
 
 # A box keeps only its yaw, so a map that tilts +z by more than this would move its corners visibly: 0.5 degrees is
 # 2 cm at the top of a wardrobe of 2 m.
@@ -584,6 +587,10 @@ def _neighbor_chunks(points: torch.Tensor, num_neighbors: int):
     """Yield rows and the indices of their nearest points, `(rows,)` and `(rows, num_neighbors)`."""
     indices = torch.arange(len(points), device=points.device)
     if cKDTree is None:
+        if len(points) > 20_000:
+            logger.warning_once(
+                f"Finding the neighbours of {len(points)} points without scipy takes minutes. Install it."
+            )
         for rows in indices.split(max(1, 2**24 // len(points))):
             distances = torch.cdist(points[rows], points, compute_mode="donot_use_mm_for_euclid_dist")
             yield rows, distances.topk(num_neighbors, dim=1, largest=False).indices
