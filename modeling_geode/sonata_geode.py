@@ -53,7 +53,7 @@ from .serialization_geode import (
 
 # Rows that the convolution and the MLP handle at a time: large enough to hide the cost of a call, small enough that the
 # temporaries of a large cloud stay in the cache. It bounds memory, not results.
-ROWS_CHUNK_SIZE = 8192
+ROWS_CHUNK_SIZE = 4096
 
 
 @dataclass
