@@ -440,9 +440,9 @@ class SceneGeometry:
             grid_size (`float`):
                 Voxel edge of the point encoder, in metres.
             max_points (`int`, *optional*):
-                Largest number of voxels. Where there are more, blocks of k x k x k voxels keep the one nearest to
-                their centre, with the smallest k tried that suffices; `grid_size` and the voxel indices stay, since
-                the encoder was trained on them. Nothing is random.
+                Largest number of voxels. Where there are more, blocks of voxels keep the one nearest to their centre.
+                The side of the blocks, not a whole number, grows from 1 until it suffices. `grid_size` and the voxel
+                indices stay, since the encoder was trained on them. Nothing is random.
             num_cameras (`int`, *optional*):
                 Largest number of cameras, evenly spaced; all by default.
 

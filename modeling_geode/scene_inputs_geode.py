@@ -389,10 +389,10 @@ def floor_height(points: torch.Tensor) -> torch.Tensor:
 
 
 def coarser_voxels(grid_coords: torch.Tensor, max_points: int | None) -> torch.Tensor:
-    """Rows to keep so that at most `max_points` are left."""
+    """Rows to keep so that at most `max_points` are left: of each block of voxels the one nearest to its centre."""
     rows = torch.arange(len(grid_coords))
-    factor = 1
+    centers, side = grid_coords.double() + 0.5, 1.0
     while max_points is not None and len(rows) > max_points:
-        factor = max(factor + 1, math.floor(factor * math.sqrt(len(rows) / max_points)))
-        rows, _ = voxel_representatives(grid_coords.double() + 0.5, factor, origin=torch.zeros(3, dtype=torch.float64))
+        side *= max(1.05, math.sqrt(len(rows) / max_points))
+        rows, _ = voxel_representatives(centers, side, origin=torch.zeros(3, dtype=torch.float64))
     return rows

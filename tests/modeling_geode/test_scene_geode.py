@@ -395,11 +395,11 @@ def test_to_model_inputs_covers_every_point(room):
     assert gaps.max() < 0.1 * math.sqrt(3) + 1e-4
 
 
-def nearest_to_block_centres(grid, k):
+def nearest_to_block_centres(grid, side):
     best = {}
     for cell in grid.tolist():
-        block = tuple(index // k for index in cell)
-        off_center = sum((index + 0.5 - k * (b + 0.5)) ** 2 for index, b in zip(cell, block, strict=True))
+        block = tuple(math.floor((index + 0.5) / side) for index in cell)
+        off_center = sum(((index + 0.5) / side - b - 0.5) ** 2 for index, b in zip(cell, block, strict=True))
         best[block] = min(best.get(block, (math.inf,)), (off_center, cell), key=lambda entry: entry[0])
     return {tuple(cell) for _, cell in best.values()}
 
@@ -408,8 +408,12 @@ def test_to_model_inputs_thins_by_coarser_blocks_of_voxels(room):
     scene = room.build(voxel_size_m=FINE)
     full, few = scene.to_model_inputs(0.05), scene.to_model_inputs(0.05, max_points=300)
     kept = {tuple(row) for row in few["point_grid_coords"].tolist()}
-    assert 100 < len(kept) <= 300
-    assert any(kept == nearest_to_block_centres(full["point_grid_coords"], k) for k in range(2, 20))
+    assert 200 < len(kept) <= 300
+    expected, side = full["point_grid_coords"], 1.0
+    while len(expected) > 300:
+        side *= max(1.05, math.sqrt(len(expected) / 300))
+        expected = nearest_to_block_centres(full["point_grid_coords"], side)
+    assert kept == expected
     rows = [i for i, row in enumerate(full["point_grid_coords"].tolist()) if tuple(row) in kept]
     for name in ("point_features", "point_coords", "point_grid_coords"):
         assert torch.equal(full[name][rows], few[name])
