@@ -45,7 +45,9 @@ def list_data(package: str, *patterns: str) -> list[str]:
     """Return a package's data files relative to it. A `**` in setuptools' own patterns depends on its version."""
     folder = ROOT / PACKAGE_DIR[package]
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix not in (".py", ".pyc"))
+    names = sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix != ".pyc")
+    # A checkpoint may carry its code; any other module belongs to a package, and comes with it.
+    return [name for name in names if not name.endswith(".py") or name.startswith("tiny/")]
 
 
 setup(
