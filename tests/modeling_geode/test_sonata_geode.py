@@ -427,6 +427,29 @@ def test_half_precision_weights_stay_close(tiny_model, dtype, tolerance):
     assert (output.last_hidden_state.float() - want).norm() / want.norm() < tolerance
 
 
+def test_half_precision_convolution_accumulates_in_float32():
+    grid = sorted_grid({"grid_coord": torch.cartesian_prod(*[torch.arange(3)] * 3), "offset": torch.tensor([27])})
+    conv = SonataSubmanifoldConv(1).bfloat16()
+    with torch.no_grad():
+        conv.bias.zero_()
+        conv.weight.fill_(1.0)[0, 1, 1, 1] = 256.0
+        out = conv(torch.ones(27, 1, dtype=torch.bfloat16), neighbor_pairs(grid))
+    # The middle voxel has 26 neighbours. In bfloat16, whose step is 2 there, 256 + 1 would stay 256.
+    assert out[13].item() == 282.0
+
+
+def test_half_precision_embedding_reads_coordinates_in_float32(tiny_model):
+    feat = torch.zeros(30, 9)
+    feat[:, 0] = torch.linspace(5.0, 5.03, 30)
+    assert len(feat.bfloat16().unique(dim=0)) <= 2
+    feat[:, 1:] = torch.linspace(-1.0, 1.0, 8)
+    want = tiny_model.embedding(feat, None)
+    got = tiny_model.embedding.bfloat16()(feat, None)
+    rounded = tiny_model.embedding(feat.bfloat16(), None)
+    assert len(got.unique(dim=0)) > 2 >= len(rounded.unique(dim=0))
+    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0)
+
+
 def test_autocast_stays_close(tiny_model):
     inputs = random_inputs([150, 60])
     want = tiny_model(**inputs).last_hidden_state
