@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
@@ -43,7 +44,7 @@ def _new_buffers(x, A, count):
 
 
 def _chunk_states(x, dt, A, B, state, buffers):
-    """Decays and states of one chunk, both `(chunk, batch_size, state_size, num_channels)`, from the state before it."""
+    """Decays and states of a chunk, both `(chunk, batch_size, state_size, num_channels)`, from the state before it."""
     decays, states = (buffer[: len(x)] for buffer in buffers)
     torch.mul(dt[:, :, None], A, out=decays).exp_()
     torch.mul((dt * x)[:, :, None], B[..., None], out=states)
@@ -63,7 +64,6 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C):
-        # (L, batch, ...) and (state, channels)
         A = A.t().contiguous()
         x, dt, B, C = (tensor.contiguous().transpose(0, 1) for tensor in (x, dt, B, C))
         y = torch.empty_like(x)
@@ -109,13 +109,8 @@ class _SelectiveScan(torch.autograd.Function):
             grad_B[chunk] = grads.mul_((dt_ * x_)[:, :, None]).sum(dim=-1)
             grad_dt[chunk] = torch.mul(exponents, A, out=states).sum(dim=2).addcmul_(grad_input, x_)
             grad_A += exponents.mul_(dt_[:, :, None]).sum(dim=(0, 1))
-        return (
-            grad_x.transpose(0, 1),
-            grad_dt.transpose(0, 1),
-            grad_A.t(),
-            grad_B.transpose(0, 1),
-            grad_C.transpose(0, 1),
-        )
+        grad_x, grad_dt, grad_B, grad_C = (grad.transpose(0, 1) for grad in (grad_x, grad_dt, grad_B, grad_C))
+        return grad_x, grad_dt, grad_A.t(), grad_B, grad_C
 
 
 def selective_scan(
@@ -131,8 +126,8 @@ def selective_scan(
     Run the selective state-space recurrence over a sequence.
 
     `h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]` and `y[t] = (h[t] C[t] + D x[t]) silu(z[t])`, from `h[-1] = 0`. The
-    state is float32 at least, whatever the dtype of the input. Time is linear in length, and memory holds the states of
-    one chunk and of the chunks' borders, in the backward pass too.
+    state is float32 at least, whatever the dtype of the input. Time is linear in length, and memory holds the states
+    of one chunk and of the chunks' borders, in the backward pass too.
 
     Source: Gu and Dao, *Mamba* (2023), Algorithm 2, with the zero-order hold for A and its first-order form for B.
     Checked against the loop in `tests/modeling_geode/test_mamba_geode.py`.
@@ -187,9 +182,7 @@ class GeodeMambaMixer(nn.Module):
         inner, self.state_size = config.mamba_expand * config.hidden_size, config.mamba_state_size
         self.time_step_rank = math.ceil(config.hidden_size / 16)
         self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(
-            inner, inner, config.mamba_conv_kernel, groups=inner, padding=config.mamba_conv_kernel - 1
-        )
+        self.conv1d = nn.Conv1d(inner, inner, config.mamba_conv_kernel, groups=inner)
         self.x_proj = nn.Linear(inner, self.time_step_rank + 2 * self.state_size, bias=False)
         self.dt_proj = nn.Linear(self.time_step_rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, self.state_size))
@@ -197,6 +190,8 @@ class GeodeMambaMixer(nn.Module):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
         init_mamba_weights(self)
 
+    # Both are read, not called, so offloaded weights would stay away. Private path, checked on transformers 5.23.
+    @force_accelerate_hooks(["conv1d", "dt_proj"])
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Mix a sequence along time.
@@ -244,8 +239,8 @@ def init_mamba_weights(module: GeodeMambaMixer) -> None:
     """
     Draw new weights for a mixer, as `mamba_ssm` does. Weights that came from a checkpoint stay.
 
-    A starts at -1, -2, ... -N in every channel (S4D-Real); step sizes start log-uniform between 0.001 and 0.1; the rest
-    is uniform with the fan-in's bound.
+    A starts at -1, -2, ... -N in every channel (S4D-Real); step sizes start log-uniform between 0.001 and 0.1; the
+    rest is uniform with the fan-in's bound.
 
     Source: Gu and Dao, *Mamba* (2023), section 3.6.
 

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Direct Regression Head (DRH): the state of a control token becomes a number or a box."""
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
+from transformers.utils.generic import maybe_autocast
 
 from geode.configuration.configuration_geode import GeodeConfig
 
 
-# Logarithms are clamped here when decoding, so that a wild state gives a large finite value: exp(30) is 1e13.
+# Decoded numbers lie within +-exp(30), about 1e13: a wild state gives a large value, and float32 never overflows.
 MAX_LOG = 30.0
+# exp(-15) - 1 is the smallest value of `log1p` that float32 tells from -1, which has no logarithm.
+MIN_LOG1P = -15.0
+# Below this length, sine and cosine of twice the yaw are noise, and the gradient of their angle would overflow.
+MIN_YAW_NORM = 1e-6
 
 
 @dataclass
@@ -23,8 +31,9 @@ class RegressionOutput(ModelOutput):
     Args:
         values (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`):
             Predicted values in SI units at control tokens, in their first `dim` entries; NaN elsewhere.
-        loss (`torch.Tensor` of shape `()`, *optional*): Eq. 6 in the codecs' space; None without targets.
-        num_targets (`torch.Tensor` of shape `()`, *optional*): Targets in this batch.
+        loss (`torch.Tensor` of shape `()`): Eq. 6 in the codecs' space; without targets, a zero that depends on every
+            parameter of the head.
+        num_targets (`torch.LongTensor` of shape `()`): Targets in this batch.
     """
 
     values: torch.Tensor | None = None
@@ -35,6 +44,11 @@ class RegressionOutput(ModelOutput):
 def encoded_dim(entry: dict) -> int:
     """Size of an encoded value: a box's yaw takes two entries, everything else one."""
     return 8 if entry["kind"] == "box3d" else entry["dim"]
+
+
+def _to_full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _statistics(entry: dict, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,18 +70,19 @@ def _inverse_transform(values: torch.Tensor, transform: str) -> torch.Tensor:
     if transform == "log":
         return values.clamp(-MAX_LOG, MAX_LOG).exp()
     if transform == "log1p":
-        return values.clamp(-MAX_LOG, MAX_LOG).expm1()
+        return values.clamp(MIN_LOG1P, MAX_LOG).expm1()
     if transform == "symlog":
         return values.sign() * values.abs().clamp(max=MAX_LOG).expm1()
-    return values
+    return values.clamp(-math.exp(MAX_LOG), math.exp(MAX_LOG))
 
 
 def encode_values(values: torch.Tensor, entry: dict) -> torch.Tensor:
     """
     Map values in SI units to the space in which they are regressed (decision 10 of docs/architecture.md).
 
-    Scalars and vectors are transformed, then standardised. A box's centre and the logarithms of its sizes are
-    standardised; its yaw, which is only defined up to half a turn, becomes sine and cosine of twice the angle.
+    Scalars and vectors are transformed (`symlog` is `sign(v) log(1 + |v|)`), then standardised. A box's centre and the
+    logarithms of its sizes are standardised; its yaw, which is only defined up to half a turn, becomes sine and cosine
+    of twice the angle.
 
     Args:
         values (`torch.Tensor` of shape `(..., dim)`): Finite values in SI units; a box is cx cy cz dx dy dz yaw.
@@ -78,8 +93,18 @@ def encode_values(values: torch.Tensor, entry: dict) -> torch.Tensor:
 
     Raises:
         ValueError: If a value lies outside the codec's domain.
+
+    Example:
+        ```python
+        >>> entry = {"kind": "scalar", "dim": 1, "codec": {"transform": "log", "mean": [1.0], "std": [2.0]}}
+        >>> encode_values(torch.tensor([1.0]), entry)  # (log(1) - 1) / 2
+        tensor([-0.5000])
+        >>> decode_values(torch.tensor([-0.5]), entry)
+        tensor([1.])
+
+        ```
     """
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    values = _to_full_precision(values)
     _check_domain(values, entry)
     mean, std = _statistics(entry, values)
     if entry["kind"] != "box3d":
@@ -91,40 +116,46 @@ def encode_values(values: torch.Tensor, entry: dict) -> torch.Tensor:
 
 def decode_values(encoded: torch.Tensor, entry: dict) -> torch.Tensor:
     """
-    Invert [`encode_values`]. Logarithms are clamped to +-30, so any finite input gives finite values.
+    Invert [`encode_values`].
+
+    Any finite input gives finite values that [`encode_values`] accepts: numbers are clamped to +-exp(30), sizes and
+    `log` values to at least exp(-30), `log1p` values to at least exp(-15) - 1. A yaw whose sine and cosine are both
+    below 1e-6 is undefined, and 0.
 
     Args:
         encoded (`torch.Tensor` of shape `(..., encoded_dim(entry))`): Codec space.
         entry (`dict`): The control token's entry in `config.control_tokens`.
 
     Returns:
-        `torch.Tensor` of shape `(..., dim)`: SI units; a box's yaw in radians, in (-pi/2, pi/2].
+        `torch.Tensor` of shape `(..., dim)`: SI units, float32 at least; a box's yaw in radians, in (-pi/2, pi/2].
     """
+    encoded = _to_full_precision(encoded)
     mean, std = _statistics(entry, encoded)
     if entry["kind"] != "box3d":
         return _inverse_transform(encoded * std + mean, entry["codec"]["transform"])
     lengths = encoded[..., :6] * std + mean
-    # atan2 has no gradient at the origin, where the angle is undefined.
-    sine, cosine = encoded[..., 6], encoded[..., 7]
-    undefined = (sine == 0) & (cosine == 0)
-    yaw = 0.5 * torch.atan2(sine, torch.where(undefined, torch.ones_like(cosine), cosine))
-    sizes = lengths[..., 3:].clamp(-MAX_LOG, MAX_LOG).exp()
-    return torch.cat([lengths[..., :3], sizes, yaw[..., None]], dim=-1)
+    center, sizes = _inverse_transform(lengths[..., :3], "identity"), _inverse_transform(lengths[..., 3:], "log")
+    sine, cosine = encoded[..., 6:7], encoded[..., 7:8]
+    # Both are replaced, because the gradient of atan2 is not finite at the origin.
+    is_undefined = torch.maximum(sine.abs(), cosine.abs()) < MIN_YAW_NORM
+    sine, cosine = sine.masked_fill(is_undefined, 0.0), cosine.masked_fill(is_undefined, 1.0)
+    yaw = 0.5 * torch.atan2(sine, cosine)
+    return torch.cat([center, sizes, torch.where(yaw <= -math.pi / 2, yaw + math.pi, yaw)], dim=-1)
 
 
 def _check_domain(values: torch.Tensor, entry: dict) -> None:
     transform = entry["codec"].get("transform")
-    bad, requirement = ~values.isfinite(), "must be finite"
+    bad, requirement = ~values.isfinite(), "be finite"
     if not bad.any() and entry["kind"] == "box3d":
-        bad, requirement = values[..., 3:6] <= 0, "box sizes must be positive"
+        bad, requirement = values[..., 3:6] <= 0, "have positive sizes (its entries 3 to 5)"
     elif not bad.any() and transform == "log":
-        bad, requirement = values <= 0, "must be positive for the codec `log`"
+        bad, requirement = values <= 0, "be positive for the codec's transform 'log'"
     elif not bad.any() and transform == "log1p":
-        bad, requirement = values <= -1, "must be above -1 for the codec `log1p`"
+        bad, requirement = values <= -1, "be above -1 for the codec's transform 'log1p'"
     if bad.any():
         raise ValueError(
-            f"Regression targets {requirement}, got {values[bad.any(dim=-1)][0].tolist()}. Correct the target, or choose "
-            "another codec in `config.control_tokens`."
+            f"`values` of kind {entry['kind']!r} must {requirement}, got {values[bad.any(dim=-1)][0].tolist()}. "
+            "Correct the target, or choose another `codec` for its token in `config.control_tokens`."
         )
 
 
@@ -143,21 +174,24 @@ class GeodeRegressionHead(nn.Module):
         self.max_dim = config.max_value_dim
         self.hidden_position = drh.hidden_position
         self.loss_name, self.huber_delta = drh.loss, float(drh.huber_delta)
-        width = config.text_config.hidden_size
-        hidden = drh.hidden_size or width
+        self.hidden_size = config.text_config.hidden_size
+        hidden = drh.hidden_size or self.hidden_size
+        widths = [self.hidden_size] + [hidden] * drh.num_hidden_layers
+        self.names = _module_names(self.entries)
         self.heads = nn.ModuleDict()
         for token, entry in self.entries.items():
             layers = []
-            for layer in range(drh.num_hidden_layers):
-                layers += [nn.Linear(hidden if layer else width, hidden), nn.GELU()]
-            layers.append(nn.Linear(hidden if drh.num_hidden_layers else width, encoded_dim(entry)))
-            self.heads[_module_name(token)] = nn.Sequential(*layers)
+            for width in widths[:-1]:
+                layers += [nn.Linear(width, hidden), nn.GELU()]
+            self.heads[self.names[token]] = nn.Sequential(*layers, nn.Linear(widths[-1], encoded_dim(entry)))
         self.feedback = None
         if drh.value_feedback:
             self.feedback = nn.ModuleDict(
-                {_module_name(token): nn.Linear(encoded_dim(entry), width) for token, entry in self.entries.items()}
+                {
+                    self.names[token]: nn.Linear(encoded_dim(entry), self.hidden_size)
+                    for token, entry in self.entries.items()
+                }
             )
-        self.hidden_size = width
 
     @property
     def control_token_ids(self) -> list[int]:
@@ -178,46 +212,49 @@ class GeodeRegressionHead(nn.Module):
         """
         Regress the value of every control token, and the loss where its target is known.
 
-        Without a control token the loss is a zero that depends on every parameter, so that no rank of a distributed
-        run lacks gradients.
+        Eq. 6 is taken in the codecs' space: a mean over a target's entries, then a mean over targets. Without targets
+        the loss is a zero that depends on every parameter, so that no rank of a distributed run lacks gradients.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Last-layer states.
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens.
             regression_targets (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`, *optional*):
-                True values in SI units; NaN where there is none.
+                True values in SI units, NaN where there is none. A control token without one is not supervised.
             num_regression_targets (`torch.Tensor` of shape `()` or `int`, *optional*):
-                What the summed loss is divided by; default the number of targets here.
+                What the summed loss is divided by, as the number of targets in the global batch; default the number
+                of targets here.
 
         Returns:
             [`RegressionOutput`]
 
         Raises:
-            ValueError: If a target is not at a control token, is incomplete, or lies outside its codec's domain.
+            ValueError: If a target is not at a control token, is incomplete, or lies outside its codec's domain, or if
+                `hidden_position` is `"previous"` and a control token has nothing before it.
         """
         if regression_targets is not None:
             self._check_targets(input_ids, regression_targets)
-        values = hidden_states.new_full((*input_ids.shape, self.max_dim), torch.nan, dtype=torch.float32)
         # The sum over nothing keeps a model without control tokens differentiable.
-        loss, num_targets = hidden_states[:0].float().sum(), 0
+        loss = _to_full_precision(hidden_states[:0]).sum()
+        values = loss.new_full((*input_ids.shape, self.max_dim), torch.nan)
+        num_targets = torch.zeros((), dtype=torch.long, device=loss.device)
         for token, entry in self.entries.items():
             rows, columns = (input_ids == entry["token_id"]).nonzero(as_tuple=True)
             encoded = self._encoded(token, self._states(hidden_states, rows, columns))
             decoded = F.pad(decode_values(encoded, entry), (0, self.max_dim - entry["dim"]), value=torch.nan)
             values = values.index_put((rows, columns), decoded)
-            loss = loss + 0.0 * encoded.sum()
+            loss = loss + encoded[:0].sum()
+            if self.feedback is not None:
+                loss = loss + self._embedded(token, encoded[:0]).sum()
             if regression_targets is not None:
                 targets = regression_targets[rows, columns, : entry["dim"]]
-                known = ~targets.isnan().any(dim=-1)
-                loss = loss + self._distance(encoded[known], encode_values(targets[known], entry)).sum()
-                num_targets = num_targets + known.sum()
+                is_known = ~targets.isnan().any(dim=-1)
+                distances = self._distance(encoded[is_known], encode_values(targets[is_known], entry).to(encoded))
+                loss, num_targets = loss + distances.sum(), num_targets + is_known.sum()
         if num_regression_targets is None:
-            num_regression_targets = torch.as_tensor(num_targets, device=loss.device).clamp(min=1)
-        return RegressionOutput(
-            values=values,
-            loss=loss / num_regression_targets,
-            num_targets=torch.as_tensor(num_targets, device=loss.device),
-        )
+            num_regression_targets = num_targets
+        # A global batch may hold no target at all; its loss is 0.
+        divisor = torch.as_tensor(num_regression_targets, device=loss.device).clamp(min=1)
+        return RegressionOutput(values=values, loss=loss / divisor, num_targets=num_targets)
 
     def decode_states(self, states: torch.Tensor, token_ids: torch.Tensor) -> list[torch.Tensor]:
         """
@@ -229,12 +266,45 @@ class GeodeRegressionHead(nn.Module):
 
         Returns:
             `list[torch.Tensor]`: For each state a float32 tensor of shape `(dim,)`, SI units.
+
+        Raises:
+            ValueError: If a token is no control token.
         """
-        tokens = {entry["token_id"]: token for token, entry in self.entries.items()}
+        tokens = self._tokens(token_ids)
         return [
-            decode_values(self._encoded(tokens[token_id], state[None])[0], self.entries[tokens[token_id]])
-            for state, token_id in zip(states, token_ids.tolist(), strict=True)
+            decode_values(self._encoded(token, state[None])[0], self.entries[token])
+            for state, token in zip(states, tokens, strict=True)
         ]
+
+    def value_embeddings(self, values: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Embed values, each by the layer of its control token (decision 16 of docs/architecture.md).
+
+        Args:
+            values (`torch.Tensor` of shape `(num_tokens, max_dim)`): SI units; entries beyond a token's `dim` do not
+                matter.
+            token_ids (`torch.LongTensor` of shape `(num_tokens,)`): Their control tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(num_tokens, hidden_size)`, float32 at least.
+
+        Raises:
+            ValueError: If the model has no value feedback, a token is no control token, or a value lies outside its
+                codec's domain.
+        """
+        if self.feedback is None:
+            raise ValueError(
+                "Embedding values needs `drh_config.value_feedback=True`, got False: this head has no such layers. "
+                "Train a model with it."
+            )
+        tokens = self._tokens(token_ids)
+        embeddings = _to_full_precision(values).new_zeros(len(values), self.hidden_size)
+        for token in dict.fromkeys(tokens):
+            entry = self.entries[token]
+            (rows,) = (token_ids == entry["token_id"]).nonzero(as_tuple=True)
+            embedded = self._embedded(token, encode_values(values[rows, : entry["dim"]], entry))
+            embeddings = embeddings.index_put((rows,), embedded)
+        return embeddings
 
     def feedback_embeddings(self, values: torch.Tensor, input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """
@@ -251,38 +321,44 @@ class GeodeRegressionHead(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`: Zero where nothing is fed back.
         """
+        self._check_targets(input_ids, values, name="values")
         length, shift = input_ids.shape[1], int(self.hidden_position == "token")
-        added = values.new_zeros(input_ids.shape[0], length + shift, self.hidden_size, dtype=torch.float32)
-        for token, entry in self.entries.items():
-            known = ~values[..., : entry["dim"]].isnan().any(dim=-1)
-            rows, columns = ((input_ids == entry["token_id"]) & known).nonzero(as_tuple=True)
-            encoded = encode_values(values[rows, columns, : entry["dim"]].float(), entry)
-            layer = self.feedback[_module_name(token)]
-            with torch.autocast(values.device.type, enabled=False):
-                embedded = F.linear(encoded, layer.weight.float(), layer.bias.float())
-            added = added.index_put((rows, columns + shift), embedded)
-        return added[:, :length].to(dtype)
+        rows, columns = (~values.isnan()).any(dim=-1).nonzero(as_tuple=True)
+        embedded = self.value_embeddings(values[rows, columns], input_ids[rows, columns])
+        added = embedded.new_zeros(len(input_ids), length + shift, self.hidden_size)
+        return added.index_put((rows, columns + shift), embedded)[:, :length].to(dtype)
+
+    def _tokens(self, token_ids: torch.Tensor) -> list[str]:
+        tokens = {entry["token_id"]: token for token, entry in self.entries.items()}
+        unknown = [token_id for token_id in token_ids.tolist() if token_id not in tokens]
+        if unknown:
+            raise ValueError(
+                f"`token_ids` must be control tokens ({self.control_token_ids}), got {unknown[0]}. Pick them with "
+                "`control_mask`."
+            )
+        return [tokens[token_id] for token_id in token_ids.tolist()]
 
     def _states(self, hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         if self.hidden_position == "previous":
             if (columns == 0).any():
                 raise ValueError(
-                    "A control token at position 0 has no state before it, which `hidden_position='previous'` regresses "
-                    f"from; got one in sample {rows[columns == 0][0].item()}. Put text before it."
+                    "`hidden_position='previous'` regresses from the state before a control token, got one at "
+                    f"position 0 of sample {rows[columns == 0][0].item()}. Put text before it."
                 )
             columns = columns - 1
         return hidden_states[rows, columns]
 
     def _encoded(self, token: str, states: torch.Tensor) -> torch.Tensor:
         """Codec-space prediction, in float32 even inside autocast or after `model.to(torch.bfloat16)`."""
-        with torch.autocast(states.device.type, enabled=False):
-            states = states.float()
-            for layer in self.heads[_module_name(token)]:
-                if isinstance(layer, nn.Linear):
-                    states = F.linear(states, layer.weight.float(), layer.bias.float())
-                else:
-                    states = layer(states)
+        states = _to_full_precision(states)
+        with maybe_autocast(device_type=states.device.type, enabled=False):
+            for layer in self.heads[self.names[token]]:
+                states = _apply_linear(layer, states) if isinstance(layer, nn.Linear) else layer(states)
         return states
+
+    def _embedded(self, token: str, encoded: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(device_type=encoded.device.type, enabled=False):
+            return _apply_linear(self.feedback[self.names[token]], encoded)
 
     def _distance(self, predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Loss of each target, the mean over its entries, `(num_targets,)`."""
@@ -292,34 +368,55 @@ class GeodeRegressionHead(nn.Module):
             return (predicted - target).abs().mean(dim=-1)
         return F.huber_loss(predicted, target, reduction="none", delta=self.huber_delta).mean(dim=-1)
 
-    def _check_targets(self, input_ids: torch.Tensor, targets: torch.Tensor) -> None:
+    def _check_targets(self, input_ids: torch.Tensor, targets: torch.Tensor, name: str = "regression_targets") -> None:
         expected = (*input_ids.shape, self.max_dim)
         if tuple(targets.shape) != expected:
-            raise ValueError(f"`regression_targets` must have shape {expected}, got {tuple(targets.shape)}.")
-        given = ~targets.isnan()
+            raise ValueError(
+                f"`{name}` must have shape {expected} to match `input_ids`, got {tuple(targets.shape)}. Its last "
+                "dimension is that of the largest value; fill the rest of a smaller one with NaN."
+            )
         dims = torch.zeros_like(input_ids)
         for entry in self.entries.values():
             dims = dims.masked_fill(input_ids == entry["token_id"], entry["dim"])
-        used = torch.arange(self.max_dim, device=targets.device) < dims[..., None]
-        stray = given & ~used
-        if stray.any():
-            row, column, _ = stray.nonzero()[0].tolist()
-            raise ValueError(
-                f"`regression_targets` has {targets[row, column].tolist()} at sample {row}, position {column}, where the "
-                f"token {input_ids[row, column].item()} takes {dims[row, column].item()} entries. Targets belong at control tokens."
+        is_given = ~targets.isnan()
+        is_used = torch.arange(self.max_dim, device=targets.device) < dims[..., None]
+        is_wrong = (is_given != is_used).any(dim=-1) & is_given.any(dim=-1)
+        if is_wrong.any():
+            row, column = is_wrong.nonzero()[0].tolist()
+            dim, token_id = dims[row, column].item(), input_ids[row, column].item()
+            rule = (
+                f"a control token, which takes {dim} numbers, then NaN"
+                if dim
+                else "no control token, so takes NaN only"
             )
-        partial = (given != used).any(dim=-1) & given.any(dim=-1)
-        if partial.any():
-            row, column = partial.nonzero()[0].tolist()
             raise ValueError(
-                f"A target needs all {dims[row, column].item()} entries, got {targets[row, column].tolist()} at sample "
-                f"{row}, position {column}. Leave all of them NaN to skip it."
+                f"`{name}` at sample {row}, position {column}: token {token_id} is {rule}, got "
+                f"{targets[row, column].tolist()}. Move or complete the value, or make all its entries NaN to drop it."
             )
 
 
-def _module_name(token: str) -> str:
-    """A name that a module may have: `<REG>` is `REG`."""
-    return "".join(character if character.isalnum() else "_" for character in token.strip("<>")) or "token"
+def _apply_linear(layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """Apply a layer in the dtype of `states`, whatever its own."""
+    if layer.weight.dtype == states.dtype:
+        # Called, so that hooks on it run: offloading, adapters.
+        return layer(states)
+    return F.linear(states, layer.weight.to(states.dtype), layer.bias.to(states.dtype))
+
+
+def _module_names(tokens: Iterable[str]) -> dict[str, str]:
+    """A name for the module of each token: `<REG>` is `REG`."""
+    names = {}
+    for token in tokens:
+        name = re.sub(r"\W", "_", token.strip("<>")) or "token"
+        # A module cannot be called like something that `ModuleDict` already has, as `keys`.
+        name = name + "_" if hasattr(nn.ModuleDict, name) else name
+        if name in names.values():
+            raise ValueError(
+                f"`control_tokens` must differ in letters and digits, which name their heads, got {list(tokens)}. "
+                "Rename one."
+            )
+        names[token] = name
+    return names
 
 
 __all__ = ["GeodeRegressionHead", "RegressionOutput", "decode_values", "encode_values", "encoded_dim"]
