@@ -46,8 +46,7 @@ def list_data(package: str, *patterns: str) -> list[str]:
     folder = ROOT / PACKAGE_DIR[package]
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     names = sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix != ".pyc")
-    # A checkpoint may carry its code; any other module belongs to a package, and comes with it.
-    return [name for name in names if not name.endswith(".py") or name.startswith("tiny/")]
+    return [name for name in names if not name.endswith(".py")]
 
 
 setup(
@@ -70,8 +69,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     keywords="vision-language spatial-reasoning 3d transformers",
-    # The code keeps to 3.10, as ruff checks; transformers 5.23 itself needs 3.11.
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.14",  # transformers 5.23 needs 3.11
     packages=list_packages(),
     package_dir=PACKAGE_DIR,
     package_data={

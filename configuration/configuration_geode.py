@@ -1,5 +1,5 @@
-# Copyright 2026 The GEODE authors.
 # SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The GEODE authors.
 """Configurations of GEODE. The defaults are geode-1.5b: Qwen2.5-1.5B, InternViT-300M, Sonata and VGGT-1B."""
 
 import difflib

@@ -51,7 +51,12 @@ def __dir__() -> list[str]:
 
 
 def tiny_checkpoint() -> Path:
-    """Return the folder of the shipped checkpoint, which `from_pretrained` takes."""
+    """
+    Return the folder of the shipped checkpoint.
+
+    It carries no code, so transformers' Auto classes are told about GEODE: `AutoModel.from_pretrained` takes it too.
+    """
+    register_auto_classes()
     return _FOLDER / "tiny"
 
 

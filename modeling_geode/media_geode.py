@@ -220,12 +220,17 @@ class GeodeMediaMixin:
         known = log_scale is not None
         log_scale = or_default(log_scale, batch_size, num_scenes, value=0.0, dtype=torch.float32)
         scale_known = or_default(scale_known, batch_size, num_scenes, value=known, dtype=torch.bool)
-        _check_geometry(scenes, point_mask, frame_mask)
-
         keep = scenes[..., None] & point_mask
+        _check_geometry(scenes, point_mask, frame_mask)
+        for name, tensor in (("point_features", point_features), ("point_coords", point_coords)):
+            if not tensor[keep].isfinite().all():
+                raise ValueError(
+                    f"`{name}` must be finite, got {int((~tensor[keep].isfinite()).sum())} values that are not, of "
+                    f"{tensor[keep].numel()}. Drop those points, or mask them with `point_mask`."
+                )
         offset = keep.sum(dim=2)[scenes].cumsum(dim=0)
         points = self.point_encoder(
-            feat=point_features[keep].to(self.point_encoder.dtype),
+            feat=point_features[keep].float(),  # half precision resolves centimetres, not points
             coord=point_coords[keep].float(),
             grid_coord=point_grid_coords[keep],
             offset=offset,

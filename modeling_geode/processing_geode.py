@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
@@ -728,7 +729,11 @@ class GeodeProcessor(ProcessorMixin):
         # so that this class loads with neither. Private hook of transformers, checked on 5.23.
         own = set(inspect.signature(cls.__init__).parameters)
         kwargs = {name: value for name, value in kwargs.items() if name not in own}
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        # With a configuration at hand, the tokenizer's loader does not read the model's, which names remote code.
+        config = PreTrainedConfig()
+        tokenizer = cls._load_tokenizer_from_pretrained(
+            "tokenizer", pretrained_model_name_or_path, **{**kwargs, "config": config}
+        )
         kwargs.pop("trust_remote_code", None)
         return [GeodeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 

@@ -26,14 +26,13 @@ LEVELS = {
     "geode": 5,
 }
 # Names of the facade that load nothing, so that any folder may use them.
-PLAIN_NAMES = {"geode.__version__", "geode.embedded_scene", "geode.tiny_checkpoint"}
+PLAIN_NAMES = {"geode.__version__", "geode.embedded_scene"}
 OTHER_SOURCES = ("tests", "benchmarks", "examples")
 
 
 def list_sources(*folders: str) -> list[Path]:
-    """Every module but the copies that the shipped checkpoint carries."""
-    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    return [path for path in paths if ROOT / "geode" / "tiny" not in path.parents]
+    """Every module below some folders."""
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
 def label(path: Path) -> str:
@@ -106,10 +105,11 @@ def test_shipped_modules_obey_the_rules_and_are_all_reachable():
     assert sorted(reachable) == sorted(modules)
 
 
-def test_code_of_the_shipped_checkpoint_is_what_an_export_writes_now():
-    copies = {path.stem: path.read_text(encoding="utf-8") for path in geode.tiny_checkpoint().glob("*.py")}
-    sources = collect_modules(sorted(copies), shipped_modules()) if copies else {}
-    assert sorted(name for name in sources if sources[name] != copies.get(name)) == []
+def test_shipped_checkpoint_carries_no_copy_of_the_code():
+    folder = geode.tiny_checkpoint()
+    assert (folder / "model.safetensors").is_file()
+    assert list(folder.rglob("*.py")) == []
+    assert "auto_map" not in (folder / "config.json").read_text(encoding="utf-8")
 
 
 def test_version_is_the_same_everywhere():

@@ -121,6 +121,20 @@ class Question:
         return {**head, **fields, "pruned": False, **ours, "answer": self.answer_parts()}
 
 
+def prompt_of(row: dict) -> str:
+    """
+    Return the text that asks a question, with its options where there are some.
+
+    Args:
+        row (`dict`):
+            A line of the data set, with `question` and `options`.
+
+    Returns:
+        `str`: The question, and one line for each option.
+    """
+    return "\n".join([row["question"], *(["Options:", *row["options"]] if row.get("options") else [])])
+
+
 def _number(question_type: str, question: str, value: float, unit: str, digits: int) -> Question:
     truth = f"{value:.{digits}f}"
     return Question(question_type, question, truth, None, value, unit, round(value * SI_UNITS[unit][1], 8))

@@ -264,6 +264,7 @@ def media_arguments(inputs: dict) -> dict:
             "12 rationale placeholders, but no geom",
         ),
         (lambda x: x["point_mask"][1].fill_(False), "sample 1, scene 0 has none"),
+        (lambda x: x["point_coords"][2, 0, 3].fill_(torch.nan), "`point_coords` must be finite, got 3 values"),
         (lambda x: x.update(point_features=x["point_features"][:2]), r"leading shape \(3, 1\)"),
         (lambda x: x.update(pixel_values_videos=x["pixel_values_videos"][:, 0]), r"got \(3, 2, 3, 24, 24\)"),
     ],
@@ -513,6 +514,26 @@ def test_base_model_loads_from_the_full_checkpoint(model, inputs, tmp_path):
     media = media_arguments(inputs)
     hidden = base(**media).last_hidden_state
     torch.testing.assert_close(hidden @ model.lm_head.weight.T, model(**inputs).logits)
+
+
+def test_model_without_control_tokens_is_a_plain_vlm(inputs):
+    config = tiny_config()
+    config.control_tokens = {}
+    model = GeodeForConditionalGeneration(config).eval()
+    output = model(**inputs, labels=inputs["input_ids"])
+    assert output.regression_loss == 0
+    torch.testing.assert_close(output.loss, output.ce_loss)
+    assert output.regression_values.isnan().all()
+    sequences = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert sequences.values == [[], [], []]
+
+
+def test_device_map_splits_the_model_without_changing_it(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    parts = {"model.vision_tower": "cpu", "model": "cpu", "lm_head": "cpu", "drh": "cpu"}
+    loaded = GeodeForConditionalGeneration.from_pretrained(tmp_path, device_map=parts)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert not any(parameter.requires_grad for parameter in loaded.model.vision_tower.parameters())
 
 
 def test_placeholder_ids_are_those_of_the_fixture(model):
