@@ -216,7 +216,7 @@ def test_kernels_are_not_called_on_cpu_tensors(monkeypatch):
 
 
 def test_kernels_get_the_layout_that_they_document(monkeypatch):
-    # No CUDA here: stand-ins with the kernels' documented interfaces (time last, one dtype), on tensors that claim CUDA.
+    # Stand-ins with the kernels' documented interfaces (time last, one dtype), on tensors that claim to be on CUDA.
     calls = []
 
     def scan_kernel(u, delta, A, B, C):
