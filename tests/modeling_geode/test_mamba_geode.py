@@ -15,12 +15,20 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from geode.configuration.configuration_geode import GeodeDrmConfig
 from geode.modeling_geode import mamba_geode
 from geode.modeling_geode.mamba_geode import (
-    SCAN_CHUNK_SIZE,
     GeodeMambaLayer,
     GeodeMambaMixer,
     init_mamba_weights,
     selective_scan,
 )
+
+
+CHUNK_SIZE = 32  # of `make_inputs`
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Chunks of 32 steps for states of 2 x 5 x 3, and of 4 for those of `make_layer`: tiny inputs span many."""
+    monkeypatch.setattr(mamba_geode, "SCAN_CHUNK_ELEMENTS", CHUNK_SIZE * 2 * 5 * 3)
 
 
 def scan_by_loop(x, dt, A, B, C, D=None, z=None):
@@ -70,7 +78,7 @@ def make_layer(**overrides) -> GeodeMambaLayer:
     )
 
 
-LENGTHS = [1, 2, SCAN_CHUNK_SIZE - 1, SCAN_CHUNK_SIZE, SCAN_CHUNK_SIZE + 1, 3 * SCAN_CHUNK_SIZE + 5]
+LENGTHS = [1, 2, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 3 * CHUNK_SIZE + 5]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -92,7 +100,7 @@ def test_selective_scan_gradients_equal_those_of_the_loop(length):
 
 
 def test_selective_scan_passes_gradcheck_across_chunks(monkeypatch):
-    monkeypatch.setattr(mamba_geode, "SCAN_CHUNK_SIZE", 3)
+    monkeypatch.setattr(mamba_geode, "SCAN_CHUNK_ELEMENTS", 3 * 2 * 3 * 2)
     inputs = [tensor.requires_grad_() for tensor in make_inputs(7, num_channels=3, state_size=2)]
     assert torch.autograd.gradcheck(selective_scan, inputs)
     assert torch.autograd.gradcheck(selective_scan, inputs[:5])
@@ -101,8 +109,8 @@ def test_selective_scan_passes_gradcheck_across_chunks(monkeypatch):
 def test_selective_scan_does_not_depend_on_the_chunk_size(monkeypatch):
     inputs = make_inputs(23)
     expected = selective_scan(*inputs)
-    for size in (1, 4, 23, 100):
-        monkeypatch.setattr(mamba_geode, "SCAN_CHUNK_SIZE", size)
+    for elements in (0, 1, 4 * 30, 4 * 30 + 29, 23 * 30, 2**22):
+        monkeypatch.setattr(mamba_geode, "SCAN_CHUNK_ELEMENTS", elements)
         torch.testing.assert_close(selective_scan(*inputs), expected, atol=1e-13, rtol=1e-13)
 
 
@@ -115,7 +123,7 @@ def test_selective_scan_of_nothing_is_nothing():
 @pytest.mark.parametrize("step_size", [0.0, 1e-8, 30.0, 1e4, 1e30])
 def test_selective_scan_is_stable_for_extreme_step_sizes(step_size):
     # Products of 70 decays exp(-30 x 16) underflow in any precision: dividing by them would give NaN.
-    x, dt, A, B, C, D, z = make_inputs(2 * SCAN_CHUNK_SIZE + 6, dtype=torch.float32)
+    x, dt, A, B, C, D, z = make_inputs(2 * CHUNK_SIZE + 6, dtype=torch.float32)
     A, dt = 16 * A, torch.full_like(dt, step_size)
     # Every third step is moderate, so that strong and weak decays meet within a chunk.
     dt[:, ::3] = 0.1
@@ -170,10 +178,11 @@ class _Allocations(TorchDispatchMode):
         return output
 
 
-def test_selective_scan_is_linear_in_length_and_stores_no_states():
+def test_selective_scan_is_linear_in_length_and_stores_no_states(monkeypatch):
+    monkeypatch.setattr(mamba_geode, "SCAN_CHUNK_ELEMENTS", CHUNK_SIZE * 8 * 16)
     counts, saved = {}, {}
     sizes = {"batch_size": 1, "num_channels": 8, "state_size": 16}
-    for length in (8 * SCAN_CHUNK_SIZE, 32 * SCAN_CHUNK_SIZE):
+    for length in (8 * CHUNK_SIZE, 32 * CHUNK_SIZE):
         inputs = [tensor.requires_grad_() for tensor in make_inputs(length, **sizes)[:5]]
         saved[length] = 0
 
@@ -189,7 +198,7 @@ def test_selective_scan_is_linear_in_length_and_stores_no_states():
     # What does not grow: A, and the loop's last step.
     assert counts[long].written / counts[short].written == pytest.approx(4, rel=0.02)
     # The states of the whole sequence would be `length x 8 x 16`; the largest tensor is a chunk's or an input.
-    assert counts[long].largest == max(SCAN_CHUNK_SIZE * 8 * 16, long * 16)
+    assert counts[long].largest == max(CHUNK_SIZE * 8 * 16, long * 16)
     # x, dt (8 each), B, C (16 each) per step, A, and a state of 8 x 16 per chunk.
     assert saved[long] == long * (8 + 8 + 16 + 16) + 8 * 16 + 32 * 8 * 16
 
