@@ -104,7 +104,7 @@ def test_vector_codec_standardises_each_entry_by_its_own_statistics():
 
 
 def test_box_codec_has_the_values_of_its_formula():
-    # Centre: (2 - 1) / 2, (2 + 2) / 4, (0.25 - 0.5) / 0.5. Logs of sizes 0, 1, log 2, less their means, over their stds.
+    # Centre: (2 - 1) / 2, (2 + 2) / 4, (0.25 - 0.5) / 0.5. Logs of sizes: 0, 1, log 2.
     # Yaw 60 degrees: sine and cosine of 120 degrees.
     expected = torch.tensor([0.5, 1.0, -0.5, 2.0, 0.5, math.log(2) - 0.25, math.sqrt(3) / 2, -0.5])
     torch.testing.assert_close(encode_values(torch.tensor(SOME_BOX), BOX), expected)
