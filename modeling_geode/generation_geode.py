@@ -5,6 +5,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
     GenerateDecoderOnlyOutput,
@@ -248,6 +249,10 @@ class GeodeGenerationMixin(GenerationMixin):
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else cache.get_seq_length()
         types = kwargs.get("mm_token_type_ids")
+        if start and input_ids is not None:
+            placeholders = torch.tensor([self.config.image_token_id, self.config.rationale_token_id])
+            if not torch.isin(input_ids[:, start:], placeholders.to(input_ids.device)).any():
+                return  # the cache holds the media of the turns before
         merged, _ = self.model.embed_inputs(
             None if input_ids is None else input_ids[:, start:],
             None if inputs_embeds is None else inputs_embeds[:, start:],
@@ -273,13 +278,17 @@ class GeodeGenerationMixin(GenerationMixin):
         picked = [_state_of_step(outputs, states, row, step + is_own_state) for row, step in hits]
         rows = sorted({row for (row, _), state in zip(hits, picked, strict=True) if state is None})
         if rows:
-            if cached_length:
+            feedback = self._feedback_of(outputs.sequences, hits, picked, prompt_length, prompt["feedback_state"])
+            if states is not None and _holds_all_but_the_last(outputs):
+                replayed = self._step_once_more(outputs, rows, prompt, feedback)
+            elif cached_length:
                 raise ValueError(
                     "The value of a sequence's last token needs the whole prompt, but its first "
                     f"{cached_length} tokens came as `past_key_values`. Raise `max_new_tokens` by one."
                 )
-            feedback = self._feedback_of(outputs.sequences, hits, picked, prompt_length, prompt["feedback_state"])
-            replayed = dict(zip(rows, self._replay(outputs.sequences, rows, input_ids, prompt, feedback), strict=True))
+            else:
+                replayed = self._replay(outputs.sequences, rows, input_ids, prompt, feedback)
+            replayed = dict(zip(rows, replayed, strict=True))
             start = -generated.shape[1] - (not is_own_state)
             picked = [
                 replayed[row][start + step] if state is None else state
@@ -306,6 +315,25 @@ class GeodeGenerationMixin(GenerationMixin):
                 (value,) = self.drh.decode_states(state[None], sequences[row, prompt_length + step][None])
                 values[row, prompt_length + step, : len(value)] = value
         return values
+
+    def _step_once_more(self, outputs, rows, prompt, feedback) -> torch.Tensor:
+        """States of the last tokens, `(len(rows), 1, hidden_size)`: decoding stops before it reads them."""
+        sequences, cache = outputs.sequences, outputs.past_key_values
+        embeds = self.get_input_embeddings()(sequences[:, -1:])
+        if feedback is not None:
+            embeds = embeds + self.drh.feedback_embeddings(feedback, sequences, embeds.dtype)[:, -1:]
+        mask = torch.ones(len(sequences), cache.get_seq_length() + 1, dtype=torch.long, device=embeds.device)
+        if prompt["attention_mask"] is not None:
+            known = prompt["attention_mask"].repeat_interleave(len(mask) // len(prompt["attention_mask"]), dim=0)
+            mask[:, : known.shape[1]] = known
+        stepped = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1)[:, -1:],
+            past_key_values=cache,
+        )
+        cache.crop(-1)  # the caller gets the cache as decoding left it
+        return stepped.last_hidden_state[rows]
 
     def _replay(self, sequences, rows, input_ids, prompt, feedback) -> torch.Tensor:
         """Last-layer states of whole sequences, `(len(rows), length, hidden_size)`, in one teacher-forced forward."""
@@ -335,6 +363,14 @@ def _with_last_layer(selection):
         return True
     chosen = [selection] if isinstance(selection, int) else list(selection)
     return chosen if -1 in chosen else [*chosen, -1]
+
+
+def _holds_all_but_the_last(outputs) -> bool:
+    """Whether the cache can take one more token: beams reorder its rows, and a static one may be full."""
+    cache = outputs.get("past_key_values")
+    if "beam_indices" in outputs or not isinstance(cache, DynamicCache):
+        return False
+    return cache.get_seq_length() >= outputs.sequences.shape[1] - 1
 
 
 def _state_of_step(outputs, states, row: int, step: int) -> torch.Tensor | None:

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, set_seed
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from geode.modeling_geode.generation_geode import GeodeGenerateBeamOutput, GeodeGenerateOutput
@@ -135,6 +135,19 @@ def test_generate_values_equal_teacher_forcing_with_value_feedback(mode, hidden_
     assert assert_values_match(output, teacher_forced_values(model, inputs, output)) >= 6
 
 
+def test_compiled_decoding_with_a_static_cache_gives_the_same_values():
+    model = make_model()
+    inputs = left_padded_inputs(model)
+    arguments = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **arguments, logits_processor=[Favour(8.0)])
+    # The graph is traced whole, which is what can fail; the backend only decides how it is run.
+    model.generation_config.compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    model.generation_config.compile_config._compile_all_devices = True
+    output = model.generate(**inputs, **arguments, logits_processor=[Favour(8.0)], cache_implementation="static")
+    assert torch.equal(output.sequences, expected.sequences)
+    assert assert_values_match(output, expected.values) >= 6
+
+
 def test_value_feedback_changes_what_follows():
     model = make_model(drh_config={"value_feedback": True})
     inputs = prepare_inputs(model.config, batch_size=1, has_control_tokens=True)
@@ -242,6 +255,40 @@ class Replay(LogitsProcessor):
         forced = torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, self.step, None], 0.0)
         self.step += 1
         return forced
+
+
+def test_generation_continues_from_a_cache_that_holds_the_media():
+    model = make_model()
+    inputs = prepare_inputs(model.config, batch_size=2)
+    arguments = {"do_sample": False, "return_dict_in_generate": True, "logits_processor": [Favour(8.0)]}
+    whole = model.generate(**inputs, **arguments, max_new_tokens=6)
+    start = model.generate(**inputs, **arguments, max_new_tokens=3)
+    inputs["input_ids"] = start.sequences
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, 3), value=value)
+    rest = model.generate(**inputs, **arguments, max_new_tokens=3, past_key_values=start.past_key_values)
+    assert torch.equal(rest.sequences, whole.sequences)
+    tail = [values[len(first) :] for values, first in zip(whole.values, start.values, strict=True)]
+    for got, want in zip(rest.values, tail, strict=True):
+        for value, other in zip(got, want, strict=True):
+            torch.testing.assert_close(value, other, atol=2e-4, rtol=2e-4)
+
+
+def test_value_of_a_last_token_of_beams_behind_a_given_cache_raises_with_the_remedy():
+    model = make_model()
+    inputs = prepare_inputs(model.config, batch_size=1)
+    start = model.generate(**inputs, max_new_tokens=2, num_beams=1, do_sample=False, return_dict_in_generate=True)
+    start.past_key_values.batch_repeat_interleave(2)
+    length = start.sequences.shape[1]
+    with pytest.raises(ValueError, match="Raise `max_new_tokens` by one"):
+        model.generate(
+            input_ids=start.sequences,
+            past_key_values=start.past_key_values,
+            max_new_tokens=1,
+            num_beams=2,
+            return_dict_in_generate=True,
+            logits_processor=[Force([REG_TOKEN], length)],
+        )
 
 
 def test_placeholders_are_never_generated():
