@@ -72,5 +72,5 @@ $(PY):
 $(READY): requirements/dev.txt setup.py | $(PY)
 	@echo "installing requirements/dev.txt and geode into $(VENV); the first time this downloads torch"
 	@$(PIP) install --quiet -r requirements/dev.txt
-	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

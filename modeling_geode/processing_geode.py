@@ -750,9 +750,6 @@ class GeodeProcessor(ProcessorMixin):
         return saved
 
 
-# ---- checks of the processor's settings ----
-
-
 def _check_count(name: str, value) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
@@ -760,9 +757,6 @@ def _check_count(name: str, value) -> None:
 
 def _tensors(return_tensors: str | None) -> str:
     return "pt" if return_tensors in (None, "auto") else return_tensors
-
-
-# ---- lists and padding ----
 
 
 def _flatten(images) -> list:

@@ -88,9 +88,6 @@ def turn(text: str, role: str = "user") -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
-# ---- layout ----
-
-
 def test_text_only_chat_is_qwen2s_form_without_system_prompt(processor):
     chat = [
         {"role": "system", "content": "Be brief."},
@@ -211,9 +208,6 @@ def test_options_go_into_processor_kwargs_or_keywords(processor):
 def test_counts_must_be_positive_whole_numbers(processor, option, count):
     with pytest.raises(ValueError, match=f"`{option}` must be a whole number of at least 1, got {count}"):
         tokenize(processor, user(), **{option: count})
-
-
-# ---- pixels and scenes ----
 
 
 def test_frames_are_sampled_and_preprocessed_like_images(processor):
@@ -394,9 +388,6 @@ def test_encoded_scene_takes_the_place_of_its_video_without_pixels(processor):
         tokenize(processor, user({"type": "scene", "scene": encoded(3, 4)}))
     with pytest.raises(TypeError, match="must be a SceneEncoding, got str"):
         tokenize(processor, user({"type": "scene", "scene": "room"}))
-
-
-# ---- trusted text ----
 
 
 def test_call_expands_placeholders_of_trusted_text(processor):

@@ -52,10 +52,10 @@ def test_plain_trainer_lowers_both_losses(tmp_path):
     before = model(**batch)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        max_steps=15,
+        max_steps=40,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         remove_unused_columns=False,
         use_cpu=True,
         save_strategy="no",
