@@ -98,7 +98,22 @@ def ask_video(
             record = {"question": question, **timed.answer.to_dict(), "seconds": round(timed.seconds, 3)}
             print(json.dumps(record), flush=True)
         else:
-            print(f"answer: {' '.join(timed.answer.text.split())}", flush=True)
+            print(f"answer: {spoken(timed.answer)}", flush=True)
+
+
+def spoken(answer: Answer) -> str:
+    """
+    Return an answer on one line, with its unit where it is nothing but a number.
+
+    Example:
+        >>> from geode.modeling_geode.answers_geode import Answer, Measurement
+        >>> spoken(Answer(text="2.31", values=[Measurement("<REG>", 2.31, "m", 2.31)], boxes=[]))
+        '2.31 m'
+    """
+    text = " ".join(answer.text.split())
+    if len(answer.values) == 1 and text == answer.values[0].text and answer.values[0].unit not in (None, "count"):
+        return f"{text} {answer.values[0].unit}"
+    return text
 
 
 def export_model(

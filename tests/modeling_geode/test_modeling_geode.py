@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from transformers import InternVLConfig, InternVLForConditionalGeneration, set_seed
+from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, set_seed
 
 from geode.modeling_geode.media_geode import pixel_shuffle
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration, GeodeModel
@@ -538,3 +538,28 @@ def test_device_map_splits_the_model_without_changing_it(model, inputs, tmp_path
 
 def test_placeholder_ids_are_those_of_the_fixture(model):
     assert (model.config.image_token_id, model.config.rationale_token_id) == (IMAGE_TOKEN, RATIONALE_TOKEN)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "gemma2", "qwen3"])
+def test_any_decoder_reads_the_scene(decoder, inputs):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 37,
+        "vocab_size": 99,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    config = tiny_config()
+    config.text_config = AutoConfig.for_model(decoder, **sizes)
+    set_seed(0)
+    model = GeodeForConditionalGeneration(config).eval()
+    output = model(**inputs, labels=inputs["input_ids"], regression_targets=targets_for(inputs))
+    assert output.loss.isfinite()
+    moved = model(**{**inputs, "point_coords": inputs["point_coords"] + 0.5})
+    assert (moved.logits - output.logits).abs().max() > 1e-4
+    generated = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert generated.sequences.shape[1] == inputs["input_ids"].shape[1] + 3
