@@ -164,3 +164,29 @@ def test_injection_keeps_tokens_in_the_visual_order():
     assert got.shape == (2, config.image_seq_length, 32)
     expected = 2.0 * injection.projection(features[:, [2, 3, 8, 9]].mean(dim=1))
     torch.testing.assert_close(got[:, 1], expected)
+
+
+def test_times_are_the_middles_of_equal_segments_of_the_clip():
+    module = make_module()
+    embedded = module.embed_times(torch.tensor([[True, True, False], [True, True, True]]))
+    # Two valid entries lie at 1/4 and 3/4 of the clip, three at 1/6, 1/2 and 5/6.
+    times = torch.tensor([[1 / 4, 3 / 4], [1 / 6, 1 / 2]])
+    expected = module.time_projection(fourier_features(times[..., None], num_frequencies=3, longest=2.0))
+    torch.testing.assert_close(embedded[:, :2], expected)
+
+
+@pytest.mark.parametrize("length", [3, 2])
+def test_frames_and_cameras_each_carry_their_time(length, monkeypatch):
+    """There are three frames and two cameras, so the length of a mask says whose times are asked for."""
+    module, inputs = make_module(), make_inputs()
+    before = module(**inputs).rationale_features
+    embed_times = module.embed_times
+    shift = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        module,
+        "embed_times",
+        lambda mask: (
+            embed_times(mask) + shift * (mask.shape[1] == length) * (1 + torch.arange(mask.shape[1]))[:, None]
+        ),
+    )
+    assert (module(**inputs).rationale_features - before).abs().max() > 2e-5
