@@ -14,14 +14,16 @@ PACKAGE_DIR = {"geode": "geode", **{f"geode.{folder}": folder for folder in FOLD
 VIDEO = ["av"]
 TRAIN = ["trl>=1.16,<2", "peft", "datasets", "evaluate"]
 WORLD = ["embreex"]
+GEOMETRY = ["scipy"]  # normals of large point clouds
 DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "ruff", "build", "mypy"]
 EXTRAS = {
     "video": VIDEO,
     "train": TRAIN,
     "demo": VIDEO,
     "world": WORLD,
+    "geometry": GEOMETRY,
     "cuda": ["mamba-ssm", "causal-conv1d", "flash-attn"],
-    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD],
+    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD, *GEOMETRY],
 }
 
 

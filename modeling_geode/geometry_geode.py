@@ -589,7 +589,7 @@ def _neighbor_chunks(points: torch.Tensor, num_neighbors: int):
     if cKDTree is None:
         if len(points) > 20_000:
             logger.warning_once(
-                f"Finding the neighbours of {len(points)} points without scipy takes minutes. Install it."
+                f"Finding the neighbours of {len(points)} points without scipy takes minutes. Run `pip install geode-vlm[geometry]`."
             )
         for rows in indices.split(max(1, 2**24 // len(points))):
             distances = torch.cdist(points[rows], points, compute_mode="donot_use_mm_for_euclid_dist")

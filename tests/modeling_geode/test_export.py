@@ -207,7 +207,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 arguments_path, results_path, resaved, *sources = sys.argv[1:]
 torch.set_num_threads(1)
-chat, options = torch.load(arguments_path, weights_only=False)
+chat, options = torch.load(arguments_path, weights_only=True)
 results = []
 
 
@@ -294,9 +294,10 @@ def chat(tmp_path, box_room) -> list[dict]:
     )
     scene.save(tmp_path / "geometry")
     pictures = np.random.default_rng(1).integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pictures[3]).save(tmp_path / "picture.png")
     parts = [
-        {"type": "video", "video": pictures[:3], "geometry": str(tmp_path / "geometry")},
-        {"type": "image", "image": Image.fromarray(pictures[3])},
+        {"type": "video", "video": torch.from_numpy(pictures[:3]), "geometry": str(tmp_path / "geometry")},
+        {"type": "image", "path": str(tmp_path / "picture.png")},
         {"type": "text", "text": "How far is the chair from the table, in centimeters?"},
     ]
     return [{"role": "user", "content": parts}]
@@ -323,7 +324,7 @@ def test_saved_folder_answers_alike_where_geode_is_absent(tiny_model, tiny_proce
     files = (tmp_path / name for name in ("arguments.pt", "results.pt", "resaved"))
     run_stranger(STRANGER, *files, folder, "org/geode-tiny", cwd=tmp_path)
 
-    results = torch.load(tmp_path / "results.pt", weights_only=False)
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
     assert len(results) == 3
     for result in results:
         assert result["classes"] == ["GeodeForConditionalGeneration", "GeodeProcessor", "GeodeImageProcessor"]

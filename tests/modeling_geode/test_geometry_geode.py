@@ -383,8 +383,6 @@ def test_normals_from_depth_are_zero_without_neighbours():
 def neighbor_search(request, monkeypatch):
     if request.param == "all pairs":
         monkeypatch.setattr(geometry_geode, "cKDTree", None)
-    elif geometry_geode.cKDTree is None:
-        pytest.skip("scipy is not installed")
     return request.param
 
 
