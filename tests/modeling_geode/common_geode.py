@@ -83,7 +83,7 @@ def tiny_config(**overrides) -> GeodeConfig:
         "initializer_range": 0.2,
     }
     for name, value in overrides.items():
-        settings[name] = {**settings[name], **value} if isinstance(value, dict) and name in settings else value
+        settings[name] = {**(settings[name] or {}), **value} if isinstance(value, dict) else value
     return GeodeConfig(**settings)
 
 

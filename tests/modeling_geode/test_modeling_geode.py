@@ -563,3 +563,41 @@ def test_any_decoder_reads_the_scene(decoder, inputs):
     assert (moved.logits - output.logits).abs().max() > 1e-4
     generated = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert generated.sequences.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_geometry_frames_take_the_place_of_geometry(inputs):
+    """The reconstructor's scenes equal the same geometry given by hand, and padded frames are never seen."""
+    reconstructor = {
+        "image_size": 28,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "trunk_num_hidden_layers": 1,
+        "trunk_num_attention_heads": 2,
+        "camera_num_hidden_layers": 1,
+        "camera_num_attention_heads": 2,
+        "dense_hidden_size": 8,
+        "dense_projection_sizes": [4, 4, 8, 8],
+        "tapped_layers": [0, 0, 1, 1],
+    }
+    model = make_model(reconstructor_config=reconstructor)
+    with torch.no_grad():
+        # Random refinements may close a field of view; small ones stay near the initial one radian.
+        for parameter in model.model.reconstructor.camera_head.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0.1)
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.rand(3, 1, 3, 3, 28, 42, generator=generator)
+    mask = torch.tensor([[[True, True, False]], [[True, True, True]], [[True, False, False]]])
+    rest = {
+        name: tensor for name, tensor in inputs.items() if not name.startswith(("point", "camera", "log", "scale"))
+    }
+    with torch.no_grad():
+        expected = model(**rest, **model.model.reconstruct(frames, mask)).logits
+        got = model(**rest, geometry_frames=frames, geometry_frame_mask=mask).logits
+        frames[0, 0, 2] = 0.5
+        padded = model(**rest, geometry_frames=frames, geometry_frame_mask=mask).logits
+    assert torch.equal(got, expected)
+    assert torch.equal(padded, expected)
+    with pytest.raises(ValueError, match="this model has none"):
+        make_model()(**rest, geometry_frames=frames)
