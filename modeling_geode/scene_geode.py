@@ -22,6 +22,7 @@ from huggingface_hub import (
     parse_local_safetensors_file_metadata,
     save_torch_state_dict,
 )
+from transformers.utils import logging
 
 from .geometry_geode import (
     encode_camera_poses,
@@ -61,6 +62,8 @@ from .scene_inputs_geode import (
 )
 from .sonata_geode import prepare_point_cloud
 
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 # Where metres come from: the input was metric, or the caller knew poses, depth, one length or the camera's height.
@@ -459,6 +462,10 @@ class SceneGeometry:
                 raise ValueError(f"`{name}` must be at least 1, got {count}.")
         points, world_from_cam = self.points, self.world_from_cam
         if not self.is_metric:
+            logger.warning_once(
+                "The scale of this scene is unknown, so lengths in metres are guesses. Give it with "
+                "`SceneGeometry.with_scale(metres_per_unit, source)`."
+            )
             points, world_from_cam = self._scaled(1 / nominal_unit(points, world_from_cam[:, :3, 3]))
         cloud = prepare_point_cloud(points, self.colors * 255, self.normals, grid_size)
         # The encoder's coordinates are centred on the bounding box, with the lowest point at 0.

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from geode.modeling_geode import scene_geode
 from geode.modeling_geode.geometry_geode import box_corners, encode_camera_poses, transform_points
 from geode.modeling_geode.scene_geode import SceneEncoding, SceneGeometry, collate_scenes
 from tests.modeling_geode.common_scene_geode import (
@@ -672,3 +673,12 @@ def test_summary_fits_into_json(room):
     summary = json.loads(json.dumps(scaled_room(room, 2.0).summary()))
     assert summary["extent"] == pytest.approx([10.0, 8.8, 5.2], rel=0.02)
     assert (summary["num_cameras"], summary["is_metric"], summary["gravity"]) == (3, False, "given")
+
+
+@pytest.mark.parametrize("is_metric", [True, False])
+def test_model_inputs_of_a_scene_of_unknown_scale_warn(is_metric, monkeypatch):
+    said = []
+    monkeypatch.setattr(scene_geode.logger, "warning_once", said.append)
+    points = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0, 3.0, 1.0])
+    SceneGeometry.from_point_cloud(points, is_metric=is_metric).to_model_inputs(0.02)
+    assert ["scale of this scene is unknown" in text for text in said] == [True] * (not is_metric)
