@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import geode
+from geode.data import plans
 from geode.data.synthetic_rooms import draw
 from geode.data.synthetic_rooms.boxes import box_distance, canonical_box, footprint, points_in_box, transform_box
 from geode.data.synthetic_rooms.build import build_scene
@@ -673,7 +674,8 @@ def test_draw_scene_needs_no_ray_caster():
 
 
 def test_draw_scene_outlines_predictions_only_where_given(shipped, tmp_path, monkeypatch):
-    monkeypatch.setattr(draw, "SCALE", 1)  # faster, with rougher edges
+    for module in (draw, plans):
+        monkeypatch.setattr(module, "SCALE", 1)  # faster, with rougher edges
     pytest.importorskip("av", reason="reading a video needs PyAV")
     box = next(item["box"] for item in shipped["objects"] if item["category"] == "coffee table")
     draw.draw_scene(SCENE_FOLDER, tmp_path / "plain.png")
@@ -681,7 +683,7 @@ def test_draw_scene_outlines_predictions_only_where_given(shipped, tmp_path, mon
     counts = []
     for name in ("plain", "answered"):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
-        assert picture.shape == (draw.SIZE[1], draw.SIZE[0], 3)
+        assert picture.shape == (plans.SIZE[1], plans.SIZE[0], 3)
         counts.append((np.abs(picture - draw.PREDICTION).max(axis=-1) < 40).sum())
     assert counts[1] > counts[0] + 300  # an outline of 2 x (1.0 + 0.6) m, and a line of the legend
 
