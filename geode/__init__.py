@@ -32,7 +32,9 @@ _EXPORTS = {
     "SceneEncoding": f"{_MODELING}.scene_geode",
     "SceneGeometry": f"{_MODELING}.scene_geode",
     "SonataModel": f"{_MODELING}.sonata_geode",
+    "VggtImageProcessor": f"{_MODELING}.vggt_processing_geode",
     "VggtModel": f"{_MODELING}.vggt_geode",
+    "convert_vggt_checkpoint": f"{_MODELING}.vggt_geode",
 }
 
 __all__ = [*_EXPORTS, "__version__", "embedded_scene", "register_auto_classes", "tiny_checkpoint"]
@@ -67,12 +69,13 @@ def embedded_scene() -> Path:
 
 def register_auto_classes() -> None:
     """
-    Make transformers' Auto classes know GEODE, so that its checkpoints load without `trust_remote_code`.
+    Make transformers' Auto classes know GEODE and its encoders, so that their checkpoints load without `trust_remote_code`.
 
-    `AutoModel` gives the model with its heads, as a Hub checkpoint does.
+    `AutoModel` gives the model with its heads, as a Hub checkpoint does; of an encoder on its own, the encoder.
     """
     from transformers import (
         AutoConfig,
+        AutoImageProcessor,
         AutoModel,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
@@ -84,3 +87,11 @@ def register_auto_classes() -> None:
     for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(config, model, exist_ok=True)
     AutoProcessor.register(config, __getattr__("GeodeProcessor"), exist_ok=True)
+    for part in ("Sonata", "Vggt"):
+        config, model = __getattr__(f"{part}Config"), __getattr__(f"{part}Model")
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+    # Under both backends, as it needs none: transformers warns when the one that it prefers is missing.
+    processor = __getattr__("VggtImageProcessor")
+    backends = {"pil": processor, "torchvision": processor}
+    AutoImageProcessor.register(__getattr__("VggtConfig"), image_processor_classes=backends, exist_ok=True)

@@ -62,9 +62,17 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object per question")
     ask.set_defaults(run=_run_ask)
 
-    export = commands.add_parser("export", help="write a model as a folder that loads without this package")
+    export = commands.add_parser(
+        "export",
+        help="write a model as a folder that loads without this package",
+        description="Write a model as a folder that loads without this package. Public VGGT weights, such as "
+        "facebook/VGGT-1B, become one too.",
+    )
     export.add_argument("directory", metavar="DIR", help="a folder that is new or empty")
     _add_model(export)
+    export.add_argument(
+        "--license", dest="license_id", metavar="ID", help="licence of VGGT weights, where their source tells none"
+    )
     export.set_defaults(run=_run_export)
     return parser
 
@@ -98,7 +106,9 @@ def _run_ask(arguments: argparse.Namespace) -> None:
 def _run_export(arguments: argparse.Namespace) -> None:
     from geode.commands import export_model
 
-    export_model(arguments.directory, model=arguments.model, revision=arguments.revision)
+    export_model(
+        arguments.directory, model=arguments.model, revision=arguments.revision, license_id=arguments.license_id
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from geode import tiny_checkpoint
 from geode.modeling_geode.answers_geode import Answer
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
+from geode.vggt_export import export_vggt, find_origin
 
 
 GEOMETRY_FOLDER = "geometry"
@@ -117,26 +118,46 @@ def spoken(answer: Answer) -> str:
 
 
 def export_model(
-    save_directory: str | os.PathLike, *, model: str | os.PathLike | None = None, revision: str | None = None
+    save_directory: str | os.PathLike,
+    *,
+    model: str | os.PathLike | None = None,
+    revision: str | None = None,
+    license_id: str | None = None,
 ) -> None:
     """
     Save a model and its processor, with their code, as a folder for the Hub, and print its path.
+
+    A VGGT model on its own also gets a card. Public VGGT weights are converted.
 
     Args:
         save_directory (`str` or `os.PathLike`):
             A folder that is new or empty, so that nothing else is published with it.
         model (`str` or `os.PathLike`, *optional*):
-            See [`ask_video`].
+            A checkpoint of GEODE, see [`ask_video`], or of VGGT: in our form, as published, or a file as published.
         revision (`str`, *optional*):
             See [`ask_video`].
+        license_id (`str`, *optional*):
+            Licence of VGGT weights, for their card, where it is not known from `model`.
 
     Raises:
-        ValueError: If the folder holds something.
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If the folder holds something, or the checkpoint is of another kind or incomplete.
         NotADirectoryError: If there is a file of this name.
     """
     folder = Path(save_directory)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"`save_directory` must be new or empty, and {str(folder)!r} is not. Choose another one.")
+    origin = None if model is None else find_origin(model, revision)
+    if origin is not None and origin.is_vggt:
+        if export_vggt(folder, origin, license_id=license_id) is None:
+            print(
+                "geode: notice: the licence of the weights is not known, and the card says so; state it with --license.",
+                file=sys.stderr,
+            )
+        print(f"exported: {folder}")
+        return
+    if license_id is not None:
+        raise ValueError(f"`license_id` is for the card of VGGT weights, got {license_id!r} with GEODE. Leave it out.")
     checkpoint = load_checkpoint(model, revision)
     checkpoint.model.save_pretrained(folder)
     checkpoint.processor.save_pretrained(folder)

@@ -27,11 +27,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from geode.configuration.configuration_geode import SonataConfig
 
+from .hub_geode import GeodeHubModel
 from .serialization_geode import (
     CENTER_OFFSET,
     MAX_DEPTH,
@@ -391,10 +391,11 @@ class SonataEmbedding(nn.Module):
         return embedded
 
 
-class SonataPreTrainedModel(PreTrainedModel):
+class SonataPreTrainedModel(GeodeHubModel):
     """Weight initialisation and loading of [`SonataModel`]."""
 
     config_class = SonataConfig
+    published_remedy = "Convert them with `convert_sonata_checkpoint`."
     base_model_prefix = "sonata"
     main_input_name = "feat"
     supports_gradient_checkpointing = True

@@ -17,10 +17,8 @@ Notable choices:
 import contextlib
 import math
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +27,13 @@ from torch import nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, load_state_dict
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from geode.configuration.configuration_geode import VggtConfig
 
+from .hub_geode import GeodeHubModel
+from .vggt_conversion_geode import convert_state_dict, resolve_checkpoint
 from .vggt_processing_geode import (
     VggtImageProcessor,
     check_pixel_values,
@@ -127,7 +127,7 @@ def _eager_attention(module, query, key, value, attention_mask, *, scaling, **kw
 
 def _rotary_table(grid: tuple[int, int], num_special: int, *, head_dim: int, config: VggtConfig, like: torch.Tensor):
     """
-    Cosines and sines of the 2-D rotary embedding, each `(num_tokens, 1, 2, head_dim / 4)`: row angles, column angles.
+    Cosines and signed sines of the 2-D rotary embedding, each `(num_tokens, 1, head_dim)`: row half, then column half.
 
     Patches count from 1; the special tokens that precede them have position 0, so they are not rotated.
     """
@@ -139,14 +139,17 @@ def _rotary_table(grid: tuple[int, int], num_special: int, *, head_dim: int, con
     positions = F.pad(torch.stack((rows, columns), dim=-1), (0, 0, num_special, 0))
     angles = positions[:, None, :, None] * (1.0 / config.rope_theta**exponents)
     angles = angles.to(_at_least_float32(like.dtype))
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).flatten(-2), torch.cat((-sin, sin), dim=-1).flatten(-2)
 
 
 def _rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate `(..., num_tokens, num_heads, head_dim)`: row half, then column half, each as pairs (k, k + half / 2)."""
     cos, sin = rotary
     first, second = states.unflatten(-1, (2, 2, -1)).unbind(-2)
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+    # Whole heads are multiplied, because products of quarters of a head take several times as long on a CPU.
+    partners = torch.stack((second, first), dim=-2).flatten(-3)
+    return states * cos + partners * sin
 
 
 class VggtAttention(nn.Module):
@@ -324,9 +327,9 @@ class VggtResidualUnit(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Map `(batch, channels, height, width)` to the same shape."""
-        features = features.relu()
-        return features + self.conv2(self.conv1(features).relu())
+        """Map `(batch, channels, height, width)` to the same shape. Overwrites its input, which is a fresh activation."""
+        features = features.relu_()
+        return features + self.conv2(self.conv1(features).relu_())
 
 
 class VggtFusion(nn.Module):
@@ -376,7 +379,7 @@ class VggtDenseHead(nn.Module):
         self.feature_conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
         self.output_layers = nn.Sequential(
             nn.Conv2d(channels // 2, DENSE_OUTPUT_CHANNELS, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(DENSE_OUTPUT_CHANNELS, num_values + 1, 1),
         )
 
@@ -403,13 +406,15 @@ class VggtDenseHead(nn.Module):
             lateral = self._lateral(level, states[2 * level], states[2 * level + 1], grid)
             features = self.fusions[level](lateral, features, tuple((8 >> level) * side for side in grid))
         size = tuple(self.patch_size * side for side in grid)
-        features = F.interpolate(self.feature_conv(features), size=size, mode="bilinear", align_corners=True)
+        # Two steps, so that the widest map of the head is gone before the map at full resolution exists.
+        features = self.feature_conv(features)
+        features = F.interpolate(features, size=size, mode="bilinear", align_corners=True)
         raw = self.output_layers(_add_position_map(features, grid[1] / grid[0])).permute(0, 2, 3, 1).contiguous()
         values, confidence = raw[..., :-1], 1 + raw[..., -1].exp()
         return values.exp() if self.is_positive else values.sign() * values.abs().expm1(), confidence
 
 
-class VggtModel(PreTrainedModel):
+class VggtModel(GeodeHubModel):
     """
     The VGGT reconstructor.
 
@@ -434,6 +439,7 @@ class VggtModel(PreTrainedModel):
     """
 
     config: VggtConfig
+    published_remedy = "Convert them with `convert_vggt_checkpoint`."
     base_model_prefix = "vggt"
     main_input_name = "pixel_values"
     input_modalities = "image"
@@ -629,143 +635,41 @@ def _check_heads(heads: tuple[str, ...], output_tapped_layers: bool) -> None:
         raise ValueError(f"`heads` is empty, so there is nothing to compute. Name at least one of {HEADS}.")
 
 
-def _replace_level(pattern: str) -> Callable[[re.Match], str]:
-    """A replacement that puts the matched index plus one into `pattern`: the checkpoint counts levels from 1."""
-    return lambda match: pattern.format(int(match[1]) + 1)
-
-
-# From our parameter names to the checkpoint's, applied in order.
-_CHECKPOINT_NAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
-    (r"^trunk\.embeddings\.patch_embeddings\.projection", "aggregator.patch_embed.patch_embed.proj"),
-    (r"^trunk\.embeddings\.position_embeddings", "aggregator.patch_embed.pos_embed"),
-    (r"^trunk\.embeddings", "aggregator.patch_embed"),
-    (r"^trunk\.layernorm", "aggregator.patch_embed.norm"),
-    (r"^trunk\.encoder\.layer", "aggregator.patch_embed.blocks"),
-    (r"\.attention\.[qkv]_proj", ".attn.qkv"),
-    (r"\.attention\.(?:o_proj|projection)", ".attn.proj"),
-    (r"\.attention\.", ".attn."),
-    (r"\.layer_scale(\d)(?:\.lambda1)?", r".ls\1.gamma"),
-    (r"^(camera_token|register_token)", r"aggregator.\1"),
-    (r"^layers\.(\d+)\.(frame|global)_block", r"aggregator.\2_blocks.\1"),
-    (r"^camera_head\.blocks", "camera_head.trunk"),
-    (r"^camera_head\.output_norm", "camera_head.trunk_norm"),
-    (r"^camera_head\.initial_pose", "camera_head.empty_pose_tokens"),
-    (r"^camera_head\.pose_embedding", "camera_head.embed_pose"),
-    (r"^camera_head\.modulation", "camera_head.poseLN_modulation.1"),
-    (r"^camera_head\.pose_mlp", "camera_head.pose_branch"),
-    (r"_head\.projections", "_head.projects"),
-    (r"_head\.resizers", "_head.resize_layers"),
-    (r"_head\.laterals\.(\d)", _replace_level("_head.scratch.layer{}_rn")),
-    (r"_head\.fusions\.(\d)", _replace_level("_head.scratch.refinenet{}")),
-    (r"\.lateral_unit", ".resConfUnit1"),
-    (r"\.output_unit", ".resConfUnit2"),
-    (r"(refinenet\d)\.projection", r"\1.out_conv"),
-    (r"_head\.feature_conv", "_head.scratch.output_conv1"),
-    (r"_head\.output_layers", "_head.scratch.output_conv2"),
-)
-_CHECKPOINT_CONFIG_NAMES = {
-    "img_size": "image_size",
-    "embed_dim": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "rope_freq": "rope_theta",
-    "vit_depth": "trunk_num_hidden_layers",
-    "vit_num_heads": "trunk_num_attention_heads",
-    "camera_trunk_depth": "camera_num_hidden_layers",
-    "camera_num_heads": "camera_num_attention_heads",
-    "dpt_features": "dense_hidden_size",
-    "dpt_out_channels": "dense_projection_sizes",
-    "intermediate_layer_idx": "tapped_layers",
-}
-_MASK_TOKEN = "aggregator.patch_embed.mask_token"
-_TRACKER_PREFIX = "track_head."
-
-
-def _checkpoint_name(name: str) -> tuple[str, int | None]:
-    """Our parameter name to the checkpoint's, and which third of its rows it is, if the trunk's fused projection."""
-    third = re.search(r"\.([qkv])_proj\.", name)
-    for pattern, replacement in _CHECKPOINT_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name, None if third is None else "qkv".index(third[1])
-
-
-def _resolve_config(config: VggtConfig | dict | None) -> VggtConfig:
-    # By name, not by class: a configuration loaded with remote code is another class object.
-    if config is not None and not isinstance(config, dict):
-        return config
-    fields = {_CHECKPOINT_CONFIG_NAMES.get(name, name): value for name, value in (config or {}).items()}
-    unknown = fields.keys() - VggtConfig.__dataclass_fields__.keys()
-    if unknown:
-        known = sorted({*_CHECKPOINT_CONFIG_NAMES, "patch_size", "mlp_ratio", "num_register_tokens"})
-        raise ValueError(f"`config` has unknown keys {sorted(unknown)}. Use a `VggtConfig` or the keys {known}.")
-    return VggtConfig(**fields)
-
-
 def convert_vggt_checkpoint(
-    checkpoint: dict[str, torch.Tensor] | str | os.PathLike, config: VggtConfig | dict | None = None
+    checkpoint: Mapping[str, torch.Tensor] | str | os.PathLike,
+    config: VggtConfig | dict | None = None,
+    *,
+    revision: str | None = None,
 ) -> VggtModel:
     """
     Build a model from a public VGGT checkpoint.
 
-    The tensors of the point tracker (`track_head.*`) are dropped; the trunk's mask token may be absent.
+    The tensors of the point tracker (`track_head.*`) are dropped, with a warning; the trunk's mask token may be absent.
+    Our own form, which `save_pretrained` writes, loads with [`~VggtModel.from_pretrained`] instead.
 
     Args:
-        checkpoint (`dict[str, torch.Tensor]` or path):
-            The state dict as published, or a `.safetensors`, `.pt` or `.pth` file with it. Pickled code is refused.
+        checkpoint (`dict[str, torch.Tensor]`, `str` or `os.PathLike`):
+            The state dict as published; a `.safetensors`, `.pt` or `.pth` file with it; a folder with
+            `model.safetensors` (or its shards) or `model.pt`; or a name on the Hub such as `"facebook/VGGT-1B"`, from
+            which these files are downloaded. Pickled code is refused.
         config (`VggtConfig` or `dict`, *optional*):
-            Sizes of the model, also under the names of the public constructor (`embed_dim`, `img_size`, ...); `None` is
-            VGGT-1B.
+            Sizes of the model, also under the names of the public constructor (`embed_dim`, `img_size`, ...). `None` is
+            the `config.json` of the folder or repository; what it does not say is as in VGGT-1B.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a name on the Hub.
 
     Returns:
         [`VggtModel`]: In evaluation mode, on the device and in the dtype of the tensors, which are copied.
 
     Raises:
-        ValueError: If the file has another suffix, or a tensor is missing, unexpected or of a wrong shape.
+        FileNotFoundError: If there is no such file, folder or repository, or no weights in it.
+        ValueError: If the checkpoint is in another form, or a tensor is missing, unexpected or of a wrong shape.
     """
-    if isinstance(checkpoint, (str, os.PathLike)):
-        suffix = Path(checkpoint).suffix
-        if suffix not in (".safetensors", ".pt", ".pth"):
-            raise ValueError(f"`checkpoint` must end in .safetensors, .pt or .pth, got {os.fspath(checkpoint)!r}.")
-        checkpoint = load_state_dict(os.fspath(checkpoint), weights_only=True)
+    state, config = resolve_checkpoint(checkpoint, config, revision=revision)
     with torch.device("meta"):
-        model = VggtModel(_resolve_config(config))
-    expected = model.state_dict()
-    sources = {name: _checkpoint_name(name) for name in expected}
-    shapes = {}
-    for name, (source, third) in sources.items():
-        rows, *rest = expected[name].shape
-        shapes[source] = (rows if third is None else 3 * rows, *rest)
-    _check_checkpoint(checkpoint, shapes)
-
-    state = {}
-    for name, (source, third) in sources.items():
-        if source not in checkpoint:
-            state[name] = torch.zeros(shapes[source])
-            continue
-        tensor = checkpoint[source].detach()
-        # Copied, because thirds of one storage cannot be saved and the caller may go on using the dictionary.
-        state[name] = (tensor if third is None else tensor.chunk(3)[third]).clone()
-    model.load_state_dict(state, assign=True)
+        model = VggtModel(config)
+    model.load_state_dict(convert_state_dict(state, model.state_dict()), assign=True)
     return model.eval()
-
-
-def _check_checkpoint(checkpoint: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    tracker = [name for name in checkpoint if name.startswith(_TRACKER_PREFIX)]
-    if tracker:
-        logger.info(f"Dropped {len(tracker)} tensors of the point tracker (`{_TRACKER_PREFIX}*`).")
-    problems = [f"missing `{name}`" for name in shapes if name not in checkpoint and name != _MASK_TOKEN]
-    problems += [f"unexpected `{name}`" for name in checkpoint if name not in shapes and name not in set(tracker)]
-    problems += [
-        f"`{name}` has shape {tuple(checkpoint[name].shape)}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in checkpoint and tuple(checkpoint[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise ValueError(
-            f"`checkpoint` does not fit `config` in {len(problems)} of {len(shapes)} tensors: {shown}. "
-            "Check that the sizes in `config` are those of the checkpoint."
-        )
 
 
 __all__ = [

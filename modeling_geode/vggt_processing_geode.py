@@ -9,8 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
+
+from .hub_geode import check_upload, save_code
+from .video_processing_geode import IMAGE_SUFFIXES, load_video_frames
 
 
 logger = logging.get_logger(__name__)
@@ -19,6 +24,7 @@ MODES = ("crop", "pad")
 WHITE = 255
 # Resampled frames may leave [0, 1] by rounding; anything beyond this is another value range.
 PIXEL_RANGE_TOLERANCE = 1e-3
+DEFAULT_NUM_FRAMES = 16
 
 
 def decode_pose(pose_encoding: torch.Tensor, image_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,8 +197,20 @@ def _split_frames(images: Any) -> list:
     return list(images)
 
 
+def _is_video(images: Any) -> bool:
+    """Whether `images` names a video file or a folder: a path that does not end as images do."""
+    if not isinstance(images, (str, os.PathLike)):
+        return False
+    return os.path.isdir(images) or os.path.splitext(images)[1].lower() not in IMAGE_SUFFIXES
+
+
 def _to_pil(image: Any) -> Image.Image:
-    """Read one frame as 8-bit RGB. Transparency is composited over white; EXIF orientation is not applied."""
+    """
+    Read one frame as 8-bit RGB.
+
+    As in the public loader, the transparency of RGBA is composited over white, that of other modes is dropped, and EXIF
+    orientation is not applied.
+    """
     if isinstance(image, (str, os.PathLike)):
         with Image.open(image) as file:
             file.load()
@@ -201,6 +219,11 @@ def _to_pil(image: Any) -> Image.Image:
         image = Image.fromarray(_to_uint8(image))
     elif not isinstance(image, Image.Image):
         raise ValueError(f"`images` must hold paths, PIL images, arrays or tensors, got {type(image).__name__}.")
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"`images` must hold frames of 8 bits, got a PIL image of mode {image.mode!r}, whose values would be cut off "
+            "at 255. Scale it to 0..255 and convert it to mode 'L' first."
+        )
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (WHITE, WHITE, WHITE, WHITE)), image)
     return image.convert("RGB")
@@ -261,7 +284,15 @@ def _pad(frame: _Frame, size: tuple[int, int]) -> _Frame:
     return frame._replace(pixels=pixels, offset=(frame.offset[0] + left, frame.offset[1] + top))
 
 
-class VggtImageProcessor(ImageProcessingMixin):
+class VggtImageProcessorKwargs(ImagesKwargs, total=False):
+    """What `from_pretrained` may change: the arguments of [`VggtImageProcessor`]."""
+
+    mode: str
+    image_size: int
+    patch_size: int
+
+
+class VggtImageProcessor(BaseImageProcessor):
     """
     Bring the frames of one scene to the size that VGGT takes, and say how to get back.
 
@@ -277,6 +308,7 @@ class VggtImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
+    valid_kwargs = VggtImageProcessorKwargs
 
     def __init__(self, mode: str = "crop", *, image_size: int = 518, patch_size: int = 14, **kwargs):
         super().__init__(**kwargs)
@@ -288,18 +320,39 @@ class VggtImageProcessor(ImageProcessingMixin):
         self.image_size = image_size
         self.patch_size = patch_size
 
-    def __call__(self, images: Any) -> BatchFeature:
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Save as the library does, with the code that loads it where `geode` is absent."""
+        check_upload(self, push_to_hub)
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        save_code(self, save_directory)
+        return saved
+
+    def preprocess(self, images: Any, *, num_frames: int | None = None, return_tensors: str = "pt") -> BatchFeature:
+        """See [`~VggtImageProcessor.__call__`]."""
+        return self(images, num_frames=num_frames, return_tensors=return_tensors)
+
+    def __call__(  # type: ignore[override]
+        self, images: Any, *, num_frames: int | None = None, return_tensors: str = "pt"
+    ) -> BatchFeature:
         """
         Preprocess frames.
 
         Convention:
             - Pixel `(0, 0)` is the centre of the top-left pixel. `original_from_processed @ (u, v, 1)` is the pixel of
-              the original frame, and `original_from_processed @ intrinsics` the intrinsics of the original frame.
+              the original frame, and `original_from_processed @ intrinsics` the intrinsics of the original frame. Depth,
+              points and extrinsics are the same for both.
 
         Args:
-            images (`list` of path, `PIL.Image.Image`, `numpy.ndarray` or `torch.Tensor`, or one of them):
+            images (`list` of path, `PIL.Image.Image`, `numpy.ndarray` or `torch.Tensor`, one of them, or a video):
                 Frames. Arrays are `(height, width, 3)`, tensors `(3, height, width)`, uint8 or floating point in [0, 1],
-                which is rounded to 8 bits; with a fourth dimension in front they are several frames.
+                which is rounded to 8 bits; with a fourth dimension in front they are several frames. A path on its own
+                is an image if it ends as one (.png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff); otherwise it is a video
+                file or a folder of images, which [`load_video_frames`] reads: it turns frames upright and lays
+                transparency over white, which the public loader does not. Put an image of another suffix in a list.
+            num_frames (`int`, *optional*):
+                Evenly spaced frames to take of a video file or folder; `None` is 16. For nothing else.
+            return_tensors (`str`, defaults to `"pt"`):
+                Only `"pt"`, PyTorch tensors.
 
         Returns:
             `BatchFeature` with:
@@ -310,10 +363,41 @@ class VggtImageProcessor(ImageProcessingMixin):
             - `content_boxes` (`torch.LongTensor` of shape `(num_frames, 4)`): First column, first row, last column + 1
               and last row + 1 of the frame in `pixel_values`; the rest is padding.
             - `original_sizes` (`torch.LongTensor` of shape `(num_frames, 2)`): Height and width before.
+            - `timestamps_s` (`torch.DoubleTensor` of shape `(num_frames,)`): Times of the frames in seconds, NaN where
+              there is no clock; of a video file or folder only.
 
         Raises:
-            ValueError: If there are no frames, or one is not readable as described.
+            OSError: If a file is missing or damaged.
+            ValueError: If there are no frames, one is not readable as described, or an option does not apply.
+
+        Example:
+            ```python
+            >>> import numpy as np
+            >>> from geode.modeling_geode.vggt_processing_geode import VggtImageProcessor
+
+            >>> # 84 x 56 pixels are halved to 42 x 28, of which the middle 28 rows stay.
+            >>> batch = VggtImageProcessor(image_size=28)(np.zeros((84, 56, 3), np.uint8))
+            >>> original_from_processed = batch["original_from_processed"][0]
+            >>> (original_from_processed @ torch.tensor([10.0, 4.0, 1.0]).double()).tolist()
+            [20.5, 22.5, 1.0]
+            >>> intrinsics = torch.tensor([[20.0, 0.0, 14.0], [0.0, 30.0, 14.0], [0.0, 0.0, 1.0]])
+            >>> (original_from_processed @ intrinsics.double()).tolist()
+            [[40.0, 0.0, 28.5], [0.0, 60.0, 42.5], [0.0, 0.0, 1.0]]
+
+            ```
         """
+        if return_tensors != "pt":
+            raise ValueError(f"`return_tensors` must be 'pt', got {return_tensors!r}. Convert the tensors afterwards.")
+        timestamps_s = None
+        if _is_video(images):
+            images, timestamps_s = load_video_frames(
+                images, num_frames=DEFAULT_NUM_FRAMES if num_frames is None else num_frames
+            )
+        elif num_frames is not None:
+            raise ValueError(
+                f"`num_frames` is for a video file or a folder of images, got {num_frames} with frames that are chosen "
+                f"already ({type(images).__name__}). Leave it out."
+            )
         frames = [_fit(_to_pil(image), self.mode, self.image_size, self.patch_size) for image in _split_frames(images)]
         if not frames:
             raise ValueError("`images` must hold at least one frame, got none.")
@@ -341,6 +425,8 @@ class VggtImageProcessor(ImageProcessingMixin):
             "content_boxes": torch.tensor(boxes),
             "original_sizes": torch.tensor([frame.original_size for frame in frames]),
         }
+        if timestamps_s is not None:
+            data["timestamps_s"] = torch.from_numpy(timestamps_s)
         return BatchFeature(data)
 
 
@@ -349,8 +435,8 @@ def preprocess_images(images: Any, mode: str = "crop", *, image_size: int = 518,
     Bring the frames of one scene to the size that VGGT takes.
 
     Args:
-        images (`list` of path, `PIL.Image.Image`, `numpy.ndarray` or `torch.Tensor`, or one of them):
-            Frames, as [`VggtImageProcessor`] takes them.
+        images (`list` of path, `PIL.Image.Image`, `numpy.ndarray` or `torch.Tensor`, one of them, or a video):
+            Frames, as [`VggtImageProcessor`] takes them; of a video, 16.
         mode (`str`, defaults to `"crop"`): `"crop"` or `"pad"`.
         image_size (`int`, defaults to 518): Side in pixels that frames are resized to.
         patch_size (`int`, defaults to 14): Patch side in pixels of the model.

@@ -4,14 +4,17 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
 import geode
 from geode.cli import main
 from geode.modeling_geode.answers_geode import Answer, Box3D, Measurement
+from tests.modeling_geode.common_hub import COMMIT, put_in_hub_cache
 
 
 QUESTION = "What is the size of this room (in square meters)? If multiple rooms are shown, estimate the size of the combined space."
@@ -155,6 +158,116 @@ def test_export_writes_a_folder_that_holds_the_same_model(capsys, tmp_path):
     exported, original = load_checkpoint(tmp_path / "hub").model.state_dict(), load_checkpoint().model.state_dict()
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], original[name]) for name in original)
+
+
+VGGT = Path(__file__).resolve().parents[1] / "fixtures" / "vggt"
+
+
+@pytest.fixture
+def public_vggt(tmp_path) -> Path:
+    """A tiny VGGT model as its authors publish theirs: weights, and sizes without a `model_type`."""
+    folder = tmp_path / "public"
+    folder.mkdir()
+    shutil.copy(VGGT / "model.safetensors", folder)
+    (folder / "config.json").write_text(json.dumps(json.loads((VGGT / "config.json").read_text())["model"]))
+    return folder
+
+
+def card_of(folder: Path) -> dict:
+    return ModelCard.load(folder / "README.md").data.to_dict()
+
+
+def test_export_converts_public_vggt_and_takes_it_again(capsys, public_vggt, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["export", str(first), "--model", str(public_vggt)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"exported: {first}\n"
+    assert captured.err.startswith("geode: notice: the licence of the weights is not known")
+    assert "license" not in card_of(first)
+    want = geode.convert_vggt_checkpoint(public_vggt).state_dict()
+    got = geode.VggtModel.from_pretrained(first).state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    processor = geode.VggtImageProcessor.from_pretrained(first)
+    assert (processor.mode, processor.image_size, processor.patch_size) == ("crop", 56, 14)
+
+    # What the folder says of its frames is kept, and so is all else but the card.
+    geode.VggtImageProcessor("pad", image_size=28).save_pretrained(first)
+    assert main(["export", str(second), "--model", str(first), "--license", "apache-2.0"]) == 0
+    assert "notice" not in capsys.readouterr().err
+    assert card_of(second)["license"] == "apache-2.0"
+    for path in first.iterdir():
+        if path.name != "README.md":
+            assert (second / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {"README.md", "vggt_geode.py"} <= {path.name for path in second.iterdir()}
+
+
+def test_export_gives_our_vggt_without_a_processor_one(capsys, public_vggt, tmp_path):
+    geode.convert_vggt_checkpoint(public_vggt).save_pretrained(tmp_path / "ours")
+    assert main(["export", str(tmp_path / "hub"), "--model", str(tmp_path / "ours")]) == 0
+    assert geode.VggtImageProcessor.from_pretrained(tmp_path / "hub").image_size == 56
+
+
+def test_export_of_vggt_on_the_hub_states_commit_and_licence(capsys, public_vggt, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    put_in_hub_cache(public_vggt, "facebook/VGGT-1B", tmp_path / "hf")
+    arguments = ["--model", "facebook/VGGT-1B", "--revision", "main"]
+    assert main(["export", str(tmp_path / "hub"), *arguments]) == 0
+    assert capsys.readouterr().err == ""
+    card = card_of(tmp_path / "hub")
+    assert (card["license"], card["base_model"]) == ("cc-by-nc-4.0", "facebook/VGGT-1B")
+    assert f"at commit `{COMMIT}`" in (tmp_path / "hub" / "README.md").read_text()
+    assert main(["export", str(tmp_path / "other"), *arguments, "--license", "mit"]) == 2
+    assert_one_line_of_error(capsys, "`license_id`", "'mit'", "facebook/VGGT-1B states 'cc-by-nc-4.0'")
+    assert not (tmp_path / "other").exists()
+
+
+def test_export_of_our_vggt_on_the_hub(capsys, public_vggt, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    geode.convert_vggt_checkpoint(public_vggt).save_pretrained(tmp_path / "ours")
+    geode.VggtImageProcessor("pad", image_size=28).save_pretrained(tmp_path / "ours")
+    put_in_hub_cache(tmp_path / "ours", "org/vggt", tmp_path / "hf")
+    assert main(["export", str(tmp_path / "hub"), "--model", "org/vggt", "--license", "mit"]) == 0
+    assert geode.VggtImageProcessor.from_pretrained(tmp_path / "hub").mode == "pad"
+    assert card_of(tmp_path / "hub")["base_model"] == "org/vggt"
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "ours", tmp_path / "hub")]
+    assert weights[0] == weights[1]
+
+
+def test_export_takes_one_file_for_public_vggt(capsys, public_vggt, tmp_path):
+    # The fixture's sizes are not VGGT-1B's, which a file alone is taken for.
+    assert main(["export", str(tmp_path / "hub"), "--model", str(public_vggt / "model.safetensors")]) == 2
+    assert_one_line_of_error(capsys, "`checkpoint` does not fit", "missing `aggregator.patch_embed.blocks.2.")
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--model", "{tmp}/none"], ["`model`", "{tmp}/none", "no config.json"]),
+        (["--model", "{tmp}/foreign"], ["`model`", "{tmp}/foreign", "`model_type` 'qwen2'"]),
+        (["--model", "{tmp}/empty"], ["`model`", "{tmp}/empty", "no config.json", "the path of the file"]),
+        (["--model", "{tmp}/none.pt"], ["no file", "{tmp}/none.pt"]),
+        (["--model", "{tmp}/foreign", "--revision", "v1"], ["`revision`", "'v1'", "{tmp}/foreign"]),
+        (["--model", "{tmp}/none.pt", "--revision", "v1"], ["`revision`", "'v1'", "{tmp}/none.pt"]),
+        (["--model", "org/none"], ["`model`", "'org/none', looked up on the Hub (offline, in its cache)"]),
+        (["--license", "mit"], ["`license_id`", "'mit' with GEODE"]),
+    ],
+)
+def test_export_says_what_it_cannot_take(capsys, tmp_path, arguments, fragments):
+    for name in ("foreign", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "qwen2"}')
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert main(["export", str(tmp_path / "hub"), *arguments]) == 2
+    assert_one_line_of_error(capsys, *(fragment.format(tmp=tmp_path) for fragment in fragments))
+    assert not (tmp_path / "hub").exists()
+
+
+def test_export_takes_a_geode_folder_by_its_config(capsys, tmp_path):
+    assert main(["export", str(tmp_path / "hub"), "--model", str(geode.tiny_checkpoint())]) == 0
+    assert not (tmp_path / "hub" / "README.md").exists()
+    assert "modeling_geode.py" in {path.name for path in (tmp_path / "hub").iterdir()}
 
 
 def test_compare_measures_boxes_between_centres():

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.modeling_geode.scene_geode import SceneGeometry
 from geode.modeling_geode.video_processing_geode import GeodeImageProcessor
 from tests.modeling_geode.common_geode import tiny_config
+from tests.modeling_geode.common_hub import put_in_hub_cache, run_stranger
 
 
 CONFIGURATION = 'class GeodeConfig:\n    model_type = "geode"\n'
@@ -191,17 +188,6 @@ def test_export_code_refuses_a_foreign_processor(tmp_path):
 
 # What somebody runs who has transformers and a folder, and no `geode`.
 STRANGER = """
-import sys
-
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "geode":
-            raise ModuleNotFoundError("No module named 'geode'", name="geode")
-
-
-sys.meta_path.insert(0, Blocker())
-
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
@@ -242,24 +228,6 @@ processor.save_pretrained(resaved)
 answer(resaved, AutoModel)
 torch.save(results, results_path)
 """
-
-
-def run_stranger(script: str, *arguments: object, cwd: Path) -> None:
-    environment = {**os.environ, "HF_HOME": str(cwd / "hf"), "HF_MODULES_CACHE": str(cwd / "modules")}
-    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    # transformers asks "run the custom code? [y/N]" on standard output where it was not told.
-    assert result.stdout == ""
-
-
-def put_in_hub_cache(folder: Path, repository: str, hf_home: Path) -> None:
-    """Lay a folder out as a download from the Hub: there all files of a commit share one module folder."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = hf_home / "hub" / f"models--{repository.replace('/', '--')}"
-    shutil.copytree(folder, cached / "snapshots" / commit)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(commit)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +290,7 @@ def test_saved_folder_answers_alike_where_geode_is_absent(tiny_model, tiny_proce
     torch.save((chat, options), tmp_path / "arguments.pt")
 
     files = (tmp_path / name for name in ("arguments.pt", "results.pt", "resaved"))
-    run_stranger(STRANGER, *files, folder, "org/geode-tiny", cwd=tmp_path)
+    assert run_stranger(STRANGER, *files, folder, "org/geode-tiny", cwd=tmp_path) == ""
 
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     assert len(results) == 3

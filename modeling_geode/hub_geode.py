@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every class of ours does on its way to the Hub and back: it takes its code along, and misses no tensor."""
+
+import os
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+
+_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def save_code(owner: object, save_directory: str | os.PathLike) -> None:
+    """
+    Put the code of a model or processor, which has just been saved, next to its files.
+
+    One that was loaded from a Hub folder carries its code already, and transformers copies it; then this does nothing.
+
+    Args:
+        owner (`object`):
+            The model or processor.
+        save_directory (`str` or `os.PathLike`):
+            The folder that its `save_pretrained` has written.
+    """
+    if type(owner).__module__.startswith("geode."):
+        try:
+            from .export_geode import export_code
+        except ImportError:
+            return
+        export_code(save_directory)
+
+
+def check_upload(owner: object, push_to_hub: bool) -> None:
+    """
+    Refuse `save_pretrained(..., push_to_hub=True)`, in which transformers uploads before the code is there.
+
+    Args:
+        owner (`object`):
+            The model or processor.
+        push_to_hub (`bool`):
+            What was asked for.
+
+    Raises:
+        ValueError: If the upload would lack the code.
+    """
+    if push_to_hub and type(owner).__module__.startswith("geode."):
+        raise ValueError(
+            "`push_to_hub` must be False in `save_pretrained`, got True: the upload would come before the code is "
+            "copied. Call `push_to_hub(repo_id)`, or save first and upload the folder."
+        )
+
+
+class GeodeHubModel(PreTrainedModel):
+    """
+    A model whose folder holds its code, and which loads complete checkpoints only.
+
+    `optional_prefixes` names tensors that a checkpoint may lack; `incomplete_remedy` ends the error about others.
+    `published_remedy` is for models with published weights in another form, whose configuration names no type.
+    """
+
+    optional_prefixes: tuple[str, ...] = ()
+    incomplete_remedy = "Load a complete checkpoint."
+    published_remedy: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        Load as [`PreTrainedModel.from_pretrained`] does, but refuse a checkpoint that lacks tensors.
+
+        The library initialises what is missing and warns. Here only `optional_prefixes` may be missing, unless
+        `output_loading_info=True` hands the list of missing tensors to the caller.
+
+        Raises:
+            ValueError: If another tensor is missing, or the checkpoint is in its publisher's form.
+        """
+        if cls.published_remedy is not None and pretrained_model_name_or_path is not None and "config" not in kwargs:
+            options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if name in kwargs}
+            found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
+            if found and "model_type" not in found:
+                raise ValueError(
+                    f"`{cls.__name__}.from_pretrained` needs a `model_type` in config.json, and "
+                    f"{str(pretrained_model_name_or_path)!r} has none, as weights in their publisher's form. "
+                    f"{cls.published_remedy}"
+                )
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        lost = sorted(name for name in info["missing_keys"] if not name.startswith(cls.optional_prefixes))
+        # Without a checkpoint the caller composes a `state_dict`, and knows what is in it.
+        if lost and pretrained_model_name_or_path is not None and not output_loading_info:
+            raise ValueError(
+                f"The checkpoint lacks {len(lost)} tensors of {cls.__name__}: {', '.join(lost[:5])}"
+                f"{', ...' if len(lost) > 5 else ''}. They would be random. {cls.incomplete_remedy}"
+            )
+        return loaded if output_loading_info else model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save as [`PreTrainedModel.save_pretrained`] does, with the code that loads it where `geode` is absent."""
+        check_upload(self, kwargs.get("push_to_hub", False))
+        super().save_pretrained(save_directory, **kwargs)
+        save_code(self, save_directory)
+
+
+__all__ = ["GeodeHubModel", "check_upload", "save_code"]
