@@ -31,6 +31,7 @@ MEDIA_INPUTS = (
     "scale_known",
     "geometry_frames",
     "geometry_frame_mask",
+    "geometry_content_boxes",
     "question_input_ids",
     "question_attention_mask",
     "rationale_features",

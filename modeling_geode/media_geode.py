@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From pixels and geometry to embeddings in the places of their placeholders: the input side of [`GeodeModel`]."""
 
+import os
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -12,12 +14,25 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from geode.configuration.configuration_geode import GeodeConfig
 
-from .geometry_geode import invert_rigid
 from .rationale_geode import CAMERA_POSE_DIM, RationaleOutput
+from .reconstruction_geode import reconstruct_with_vggt
+from .scene_encoding_geode import SceneEncoding, digest_of
 from .scene_geode import SceneGeometry, collate_scenes
+from .vggt_geode import VggtModel
+from .video_processing_geode import GeodeImageProcessor, load_image
 
 
 IMAGE_TOKEN_TYPE, SCENE_TOKEN_TYPE = 1, 2  # values of `mm_token_type_ids`
+# What of the configuration decides the tokens of a scene.
+ENCODER_SETTINGS = (
+    "vision_config",
+    "point_config",
+    "drm_config",
+    "downsample_ratio",
+    "projector_hidden_act",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+)
 
 
 class GeodeMultiModalProjector(nn.Module):
@@ -271,55 +286,164 @@ class GeodeMediaMixin:
         geometry_frames: torch.Tensor,
         geometry_frame_mask: torch.Tensor | None = None,
         scene_mask: torch.Tensor | None = None,
+        geometry_content_boxes: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Make the geometry of scenes from frames alone (paper, Eq. 1).
 
-        Its scale is unknown: see `SceneGeometry`, which also takes measured geometry.
+        Its scale is unknown, and up is the floor's normal where a floor is seen: see [`SceneGeometry.from_vggt`].
 
         Args:
             geometry_frames (`torch.Tensor` of shape `(batch_size, num_scenes, num_frames, 3, height, width)`):
                 Frames in [0, 1], sides multiples of 14.
             geometry_frame_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_frames)`, *optional*): Valid ones.
             scene_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Valid scenes.
+            geometry_content_boxes (`torch.LongTensor` of shape `(batch_size, num_scenes, num_frames, 4)`, *optional*):
+                Where a frame lies in its padding, as `VggtImageProcessor` returns it.
 
         Returns:
             `dict[str, torch.Tensor]`: Arguments of [`~GeodeModel.get_rationale_features`], on the frames' device.
 
         Raises:
-            ValueError: If the model has no reconstructor.
+            ValueError: If the model has no reconstructor, or it finds no cameras or depth.
         """
-        if self.reconstructor is None:
-            raise ValueError(
-                "`geometry_frames` need a reconstructor, and this model has none (`config.reconstructor_config` is None). "
-                "Give geometry with the inputs, or build them with `use_geometry=False`."
-            )
-        shape = geometry_frames.shape[:3]
-        mask = torch.ones(shape, dtype=torch.bool) if geometry_frame_mask is None else geometry_frame_mask.bool()
-        if scene_mask is not None:
-            mask = mask & scene_mask.to(mask.device)[..., None]
-        samples = []
-        for frames, valid in zip(geometry_frames, mask, strict=True):
-            used = [clip[keep.to(clip.device)] for clip, keep in zip(frames, valid, strict=True) if keep.any()]
-            samples.append([self._reconstruct_scene(clip) for clip in used])
-        collated = collate_scenes(samples)
+        scenes = self.reconstruct_scenes(geometry_frames, geometry_frame_mask, scene_mask, geometry_content_boxes)
+        collated = collate_scenes([[self._scene_inputs(geometry) for geometry in sample] for sample in scenes])
         return {name: tensor.to(geometry_frames.device) for name, tensor in collated.items() if name != "scene_mask"}
 
-    def _reconstruct_scene(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Geometry inputs of one scene from `(num_frames, 3, height, width)`, as `SceneGeometry.to_model_inputs` gives."""
-        output = self.reconstructor(frames[None], heads=("camera", "depth"))
-        cam_from_world = torch.eye(4).repeat(len(frames), 1, 1)
-        cam_from_world[:, :3] = output.extrinsics[0].cpu()
-        geometry = SceneGeometry.from_rgbd(
-            output.depth[0, ..., 0].float().cpu(),
-            output.intrinsics[0].float().cpu(),
-            invert_rigid(cam_from_world),
-            images=(frames * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu(),
-            depth_confidence=output.depth_confidence[0].float().cpu(),
-            is_metric=False,
-            max_points=self.config.max_points,
+    @torch.no_grad()
+    def reconstruct_scenes(
+        self,
+        geometry_frames: torch.Tensor,
+        geometry_frame_mask: torch.Tensor | None = None,
+        scene_mask: torch.Tensor | None = None,
+        geometry_content_boxes: torch.Tensor | None = None,
+    ) -> list[list[SceneGeometry]]:
+        """Make the geometry of each sample's valid scenes; arguments are those of [`~GeodeModel.reconstruct`]."""
+        reconstructor = self._required_reconstructor()
+        mask = torch.ones(geometry_frames.shape[:3], dtype=torch.bool)
+        if geometry_frame_mask is not None:
+            mask &= geometry_frame_mask.bool().cpu()
+        if scene_mask is not None:
+            mask &= scene_mask.bool().cpu()[..., None]
+        scenes = [[] for _ in mask]
+        for row, column in mask.any(dim=2).nonzero().tolist():
+            keep = mask[row, column]
+            frames = geometry_frames[row, column][keep.to(geometry_frames.device)][None]
+            boxes = None if geometry_content_boxes is None else geometry_content_boxes[row, column].cpu()[keep]
+            output = reconstructor(frames, heads=("camera", "depth"))
+            limits = {"max_points": self.config.max_points}
+            scenes[row].append(SceneGeometry.from_vggt(output, frames, content_boxes=boxes, **limits))
+        return scenes
+
+    def _required_reconstructor(self) -> VggtModel:
+        if self.reconstructor is None:
+            raise ValueError(
+                "Frames alone need a reconstructor, and this model has none (`config.reconstructor_config` is None). Attach "
+                "one with `model.attach_reconstructor(...)`, give geometry with the inputs, or build them with "
+                "`use_geometry=False`."
+            )
+        return self.reconstructor
+
+    def _scene_inputs(self, geometry: SceneGeometry) -> dict[str, torch.Tensor]:
+        limits = {"max_points": self.config.max_points}
+        return geometry.to_model_inputs(self.config.point_config.grid_size, **limits)
+
+    @torch.no_grad()
+    def encode_scene(
+        self, frames=None, *, geometry: SceneGeometry | None = None, **inputs: torch.Tensor
+    ) -> SceneEncoding:
+        """
+        Encode one scene once, for many questions: reconstructor if there is no geometry, point encoder, vision tower, DRM.
+
+        Args:
+            frames (`list` of path, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, or one array of them, *optional*):
+                All frames of the scene, uint8, for the language model and for the reconstructor. `GeodeProcessor.prepare_scene`
+                reads and samples videos; what it returns goes into `inputs` instead.
+            geometry ([`SceneGeometry`], *optional*):
+                With `frames`, measured geometry instead of the reconstructor's.
+            **inputs (`torch.Tensor`):
+                What `GeodeProcessor.prepare_scene` returns.
+
+        Returns:
+            [`SceneEncoding`]: On the model's device. Its `to_model_inputs()` goes to `generate`, and a chat names it in a part
+            `{"type": "scene", "scene": ...}`.
+
+        Raises:
+            ValueError: If both or none of `frames` and `inputs` are given, there is more than one scene, the rationale depends
+                on the question, or there is neither geometry nor a reconstructor.
+
+        Example:
+            ```python
+            scene = model.encode_scene(**processor.prepare_scene(video="room.mp4"))
+            messages = [
+                {"role": "user", "content": [{"type": "scene", "scene": scene}, {"type": "text", "text": "..."}]}
+            ]
+            inputs = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+            output = model.generate(**inputs, **scene.to_model_inputs(), return_dict_in_generate=True)
+            ```
+        """
+        if (frames is None) == (not inputs):
+            raise ValueError(
+                "Give either `frames` or what `GeodeProcessor.prepare_scene` returns; got both or neither."
+            )
+        if geometry is not None and frames is None:
+            raise ValueError("`geometry` belongs to `frames`; `prepare_scene` takes it in its own `geometry`.")
+        if self.config.drm_config.question_conditioned:
+            raise ValueError("With `drm_config.question_conditioned` a scene is encoded anew for each question.")
+        if isinstance(frames, str | os.PathLike):
+            raise ValueError(
+                f"`frames` must be frames, got the path {frames!s}. `prepare_scene(video=...)` reads videos."
+            )
+        if frames is not None:
+            images = [load_image(frame) for frame in frames]
+            height, width = self.config.vision_config.image_size
+            resize = GeodeImageProcessor(size={"height": height, "width": width})
+            pixels = resize(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+            inputs = {"pixel_values_videos": pixels[None, None]}
+            if geometry is None:
+                geometry = reconstruct_with_vggt(
+                    images, self._required_reconstructor(), max_points=self.config.max_points
+                )
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        lead = tuple(inputs["pixel_values_videos"].shape[:2])
+        if lead != (1, 1):
+            raise ValueError(f"`encode_scene` takes one scene, got {lead[0]} samples of {lead[1]} scenes.")
+        names = ("geometry_frames", "geometry_frame_mask", "geometry_content_boxes")
+        for_reconstructor = {name: inputs.pop(name) for name in names if name in inputs}
+        if for_reconstructor:
+            ((geometry,),) = self.reconstruct_scenes(**for_reconstructor)
+        if geometry is not None:
+            tensors = collate_scenes([[self._scene_inputs(geometry)]])
+            inputs |= {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        features = self.encode_media(**inputs)
+        tokens = features["scene_features"].unflatten(0, (-1, self.config.image_seq_length))
+        rationale = features["rationale_features"]
+        return SceneEncoding(
+            visual_tokens=tokens,
+            rationale_tokens=tokens.new_zeros(0, tokens.shape[-1]) if rationale is None else rationale[0, 0],
+            summary=_summary(inputs) if geometry is None else geometry.summary(),
+            encoder_digest=self.encoder_digest(),
         )
-        return geometry.to_model_inputs(self.config.point_config.grid_size, max_points=self.config.max_points)
+
+    def encoder_digest(self) -> str:
+        """
+        Digest of the weights and settings that turn frames and geometry into tokens; the reconstructor is not among them.
+
+        Returns:
+            `str`: Equal for two models exactly if their tokens of a scene are interchangeable.
+        """
+        names = ("vision_tower", "multi_modal_projector", "point_encoder", "drm", "feature_injection")
+        parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        # Hashing takes longer than encoding on a GPU, so it is done again only after a tensor has changed.
+        state = tuple((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors.values())
+        if getattr(self, "_digest", (None, None))[0] != state:
+            settings = {name: self.config.to_dict()[name] for name in ENCODER_SETTINGS}
+            self._digest = state, digest_of(tensors, settings)
+        return self._digest[1]
 
     def get_placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
@@ -415,15 +539,8 @@ class GeodeMediaMixin:
         inputs_embeds: torch.Tensor | None = None,
         *,
         mm_token_type_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        video_frame_mask: torch.Tensor | None = None,
         scene_mask: torch.Tensor | None = None,
-        rationale_features: torch.Tensor | None = None,
-        mm_encoder_outputs: dict | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **geometry: torch.Tensor,
+        **media: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
         """
         Embed tokens, run every encoder that the inputs call for, and put the features in the placeholders' places.
@@ -434,6 +551,38 @@ class GeodeMediaMixin:
                 Their embeddings, if they are not plain ones.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 at placeholders of images, 2 at those of scenes.
+            scene_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Valid scenes.
+            **media (`torch.Tensor`): Arguments of [`~GeodeModel.encode_media`].
+
+        Returns:
+            Embeddings of shape `(batch_size, sequence_length, hidden_size)`, and the features in them as
+            [`~GeodeModel.encode_media`] returns them.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        features = self.encode_media(scene_mask=scene_mask, **media)
+        merged = self.merge_media(
+            inputs_embeds, input_ids, mm_token_type_ids=mm_token_type_ids, scene_mask=scene_mask, **features
+        )
+        return merged, features
+
+    def encode_media(
+        self,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        scene_mask: torch.Tensor | None = None,
+        rationale_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **geometry: torch.Tensor,
+    ) -> dict[str, torch.Tensor | None]:
+        """
+        Run every encoder that the inputs call for.
+
+        Args:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): Normalised images.
             pixel_values_videos (`torch.Tensor`, *optional*):
                 Frames of scenes, of shape `(batch_size, num_scenes, num_frames, 3, height, width)`.
@@ -448,11 +597,9 @@ class GeodeMediaMixin:
                 Arguments of [`~GeodeModel.get_rationale_features`] or of [`~GeodeModel.reconstruct`].
 
         Returns:
-            Embeddings of shape `(batch_size, sequence_length, hidden_size)`, and a dict of the features in them:
-            `image_features`, `scene_features` and `rationale_features`.
+            `dict[str, torch.Tensor | None]`: `image_features` and `scene_features` of shape `(num_tokens, hidden_size)`, and
+            `rationale_features` of shape `(batch_size, num_scenes, num_rationale_tokens, hidden_size)`.
         """
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
         given = dict(mm_encoder_outputs or {})
         for name, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
             if pixels is not None and given.get(name) is not None:
@@ -471,9 +618,11 @@ class GeodeMediaMixin:
         if pixel_values_videos is not None:
             video = self.get_video_features(pixel_values_videos, video_frame_mask, scene_mask, **select)
         geometry = {name: tensor for name, tensor in geometry.items() if tensor is not None}
-        frames, frame_mask = geometry.pop("geometry_frames", None), geometry.pop("geometry_frame_mask", None)
+        frames, frame_mask, boxes = (
+            geometry.pop(name, None) for name in ("geometry_frames", "geometry_frame_mask", "geometry_content_boxes")
+        )
         if frames is not None and rationale_features is None:
-            geometry |= self.reconstruct(frames, frame_mask, scene_mask)
+            geometry |= self.reconstruct(frames, frame_mask, scene_mask, boxes)
         fused_features = None
         if "point_features" in geometry and rationale_features is None:
             if video is None:
@@ -484,15 +633,11 @@ class GeodeMediaMixin:
                 video.last_hidden_state, video_frame_mask=video_frame_mask, scene_mask=scene_mask, **geometry
             )
             rationale_features, fused_features = rationale.rationale_features, rationale.fused_features
-        media = {
+        return {
             "image_features": None if image is None else image.pooler_output.flatten(0, 1),
             "scene_features": self._inject(video, fused_features, video_frame_mask, scene_mask),
             "rationale_features": rationale_features,
         }
-        merged = self.merge_media(
-            inputs_embeds, input_ids, mm_token_type_ids=mm_token_type_ids, scene_mask=scene_mask, **media
-        )
-        return merged, media
 
     def _inject(self, video, fused_features, video_frame_mask, scene_mask):
         """The scenes' visual tokens, with fused features added to them if the configuration says so."""
@@ -518,6 +663,22 @@ def _scatter(inputs_embeds: torch.Tensor, positions: torch.Tensor, features: tor
         ),
     )
     return inputs_embeds.masked_scatter(positions[..., None], features.to(inputs_embeds))
+
+
+def _summary(inputs: dict[str, torch.Tensor]) -> dict:
+    """Facts about a scene whose geometry came as tensors, as far as they hold them; empty without geometry."""
+    if "point_coords" not in inputs:
+        return {}
+    points = inputs["point_coords"][0, 0]
+    if "point_mask" in inputs:
+        points = points[inputs["point_mask"][0, 0]]
+    extent = points.max(dim=0).values - points.min(dim=0).values
+    facts = {"num_points": len(points), "extent": extent.tolist()}
+    if "camera_mask" in inputs:
+        facts["num_cameras"] = int(inputs["camera_mask"].sum())
+    if "scale_known" in inputs:
+        facts["is_metric"] = bool(inputs["scale_known"].all())
+    return facts
 
 
 def _check_geometry(scenes: torch.Tensor, point_mask: torch.Tensor, frame_mask: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GEODE: a vision-language model with a rationale module for 3D input and a regression head for numbers."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -17,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from geode.configuration.configuration_geode import GeodeConfig
 
 from .generation_geode import MEDIA_INPUTS, GeodeGenerationMixin
+from .hub_geode import GeodeHubModel
 from .mamba_geode import GeodeMambaMixer, init_mamba_weights
 from .media_geode import GeodeMediaMixin, GeodeMultiModalProjector
 from .rationale_geode import (
@@ -26,6 +28,7 @@ from .rationale_geode import (
     RationaleOutput,
 )
 from .regression_geode import GeodeRegressionHead
+from .scene_encoding_geode import SceneEncoding
 from .sonata_geode import SonataModel
 from .vggt_geode import VggtModel
 
@@ -83,10 +86,12 @@ class GeodeCausalLMOutputWithPast(ModelOutput):
     rationale_hidden_states: torch.Tensor | None = None
 
 
-class GeodePreTrainedModel(PreTrainedModel):
+class GeodePreTrainedModel(GeodeHubModel):
     """Weights, freezing and saving that all GEODE models share."""
 
     config: GeodeConfig
+    optional_prefixes = STAGE_2_PREFIXES
+    incomplete_remedy = "Load a complete checkpoint; a stage-1 result (`drm.safetensors`) is not one."
     base_model_prefix = "model"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
@@ -124,6 +129,41 @@ class GeodePreTrainedModel(PreTrainedModel):
         for encoder in self._encoders():
             encoder.requires_grad_(False)
 
+    def attach_reconstructor(self, reconstructor: VggtModel | str | os.PathLike) -> None:
+        """
+        Give the model a reconstructor, so that frames alone are enough. One that it has is replaced.
+
+        It is frozen, moved to the model's device and saved with the model. The processor needs to know its frame size:
+        `processor.geometry_frame_size = model.config.reconstructor_config.image_size`.
+
+        Args:
+            reconstructor ([`VggtModel`], path or Hub id):
+                The model, or what `VggtModel.from_pretrained` takes. `convert_vggt_checkpoint` reads public checkpoints.
+
+        Raises:
+            TypeError: If `reconstructor` is another model.
+        """
+        if isinstance(reconstructor, str | os.PathLike):
+            reconstructor = VggtModel.from_pretrained(reconstructor)
+        model_type = getattr(getattr(reconstructor, "config", None), "model_type", None)
+        # By name: a model loaded with remote code is of another class object.
+        if model_type != VggtModel.config_class.model_type:
+            raise TypeError(
+                f"`reconstructor` must be a VggtModel, a path or a Hub id, got {type(reconstructor).__name__}."
+            )
+        self._set_reconstructor(reconstructor.to(self.device).requires_grad_(False).eval(), reconstructor.config)
+
+    def detach_reconstructor(self) -> VggtModel | None:
+        """Take the reconstructor out, so that it is not saved with the model, and return it."""
+        reconstructor = getattr(self, "model", self).reconstructor
+        self._set_reconstructor(None, None)
+        return reconstructor
+
+    def _set_reconstructor(self, reconstructor, config) -> None:
+        base = getattr(self, "model", self)
+        base.reconstructor = reconstructor
+        self.config.reconstructor_config = base.config.reconstructor_config = config
+
     def train(self, mode: bool = True):
         """Switch to training, except for frozen encoders: they stay in eval mode, without dropout or drop path."""
         super().train(mode)
@@ -135,25 +175,17 @@ class GeodePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        Load as [`PreTrainedModel.from_pretrained`] does, but refuse a checkpoint that lacks tensors.
-
-        The library initialises what is missing and warns. Only the heads that stage 2 adds may be missing, unless
-        `output_loading_info=True` hands the list of missing tensors to the caller.
+        Load as [`GeodeHubModel.from_pretrained`] does. Only the heads that stage 2 adds may be missing.
 
         Raises:
             ValueError: If a tensor of the language model, an encoder or the rationale module is missing.
         """
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        lost = sorted(name for name in info["missing_keys"] if not name.startswith(STAGE_2_PREFIXES))
-        # Without a checkpoint the caller composes a `state_dict`, and knows what is in it.
-        if lost and pretrained_model_name_or_path is not None and not output_loading_info:
-            raise ValueError(
-                f"The checkpoint lacks {len(lost)} tensors of {cls.__name__}: {', '.join(lost[:5])}"
-                f"{', ...' if len(lost) > 5 else ''}. They would be random. Load a complete checkpoint; a stage-1 result "
-                "(`drm.safetensors`) is not one."
-            )
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=output_loading_info, **kwargs
+        )
+        model = loaded[0] if output_loading_info else loaded
         model.freeze_encoders()  # loading made new parameters
-        return (model, info) if output_loading_info else model
+        return loaded
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save as [`PreTrainedModel.save_pretrained`] does, with the code that loads it where `geode` is absent."""
@@ -163,13 +195,6 @@ class GeodePreTrainedModel(PreTrainedModel):
             if part is not None and part.dtype is None:
                 part.dtype = self.dtype
         super().save_pretrained(save_directory, **kwargs)
-        # A model loaded from a Hub folder carries its code already; transformers copies it.
-        if type(self).__module__.startswith("geode."):
-            try:
-                from .export_geode import export_code
-            except ImportError:
-                return
-            export_code(save_directory)
 
 
 class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
@@ -286,6 +311,10 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         """See [`GeodeModel.get_rationale_features`]."""
         return self.model.get_rationale_features(video_hidden_states, **kwargs)
 
+    def encode_scene(self, frames=None, *, geometry=None, **inputs: torch.Tensor) -> SceneEncoding:
+        """See [`GeodeModel.encode_scene`]."""
+        return self.model.encode_scene(frames, geometry=geometry, **inputs)
+
     @can_return_tuple
     def forward(
         self,
@@ -312,6 +341,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         scale_known: torch.Tensor | None = None,
         geometry_frames: torch.Tensor | None = None,
         geometry_frame_mask: torch.Tensor | None = None,
+        geometry_content_boxes: torch.LongTensor | None = None,
         question_input_ids: torch.LongTensor | None = None,
         question_attention_mask: torch.LongTensor | None = None,
         rationale_features: torch.Tensor | None = None,
@@ -360,13 +390,15 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
                 Frames in [0, 1] from which the reconstructor makes the geometry, of shape `(batch_size, num_scenes,
                 num_frames, 3, height, width)`.
             geometry_frame_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_frames)`, *optional*): Valid ones.
+            geometry_content_boxes (`torch.LongTensor` of shape `(batch_size, num_scenes, num_frames, 4)`, *optional*):
+                Where a frame lies in its padding; see [`~GeodeModel.reconstruct`].
             question_input_ids (`torch.LongTensor` of shape `(batch_size, question_length)`, *optional*):
                 The question, for `drm_config.question_conditioned`.
             question_attention_mask (`torch.LongTensor` of shape `(batch_size, question_length)`, *optional*): 0 is padding.
             rationale_features (`torch.Tensor`, *optional*):
                 Rationale tokens computed before, instead of geometry, of shape `(batch_size, num_scenes,
                 num_rationale_tokens, hidden_size)`.
-            mm_encoder_outputs (`dict`, *optional*): See [`~GeodeModel.embed_inputs`].
+            mm_encoder_outputs (`dict`, *optional*): See [`~GeodeModel.encode_media`].
             media_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings for the placeholders, as `generate` prepares them.
             feedback_values (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`, *optional*): Values whose
@@ -407,6 +439,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
             scale_known=scale_known,
             geometry_frames=geometry_frames,
             geometry_frame_mask=geometry_frame_mask,
+            geometry_content_boxes=geometry_content_boxes,
             question_input_ids=question_input_ids,
             question_attention_mask=question_attention_mask,
             rationale_features=rationale_features,

@@ -38,7 +38,7 @@ from .chat_geode import (
     with_token_ids,
 )
 from .scene_geode import SceneGeometry, collate_scenes
-from .vggt_processing_geode import preprocess_images
+from .vggt_processing_geode import VggtImageProcessor
 from .video_processing_geode import GeodeImageProcessor, load_frame_sets, load_image, local_path
 
 
@@ -56,6 +56,7 @@ class _Medium:
     num_rationale_tokens: int = 0
     geometry: SceneGeometry | None = None
     geometry_frames: torch.Tensor | None = None
+    content_boxes: torch.Tensor | None = None
 
 
 @dataclass
@@ -413,8 +414,9 @@ class GeodeProcessor(ProcessorMixin):
             )
         counts = [options.num_frames, options.num_geometry_frames]
         (frames, _), (geometry_frames, _) = load_frame_sets(source, num_frames=counts)
-        resized = preprocess_images(geometry_frames, image_size=self.geometry_frame_size)
-        return _Medium(kind, len(frames), frames, True, num_rationale_tokens, geometry_frames=resized)
+        resized = VggtImageProcessor(image_size=self.geometry_frame_size)(geometry_frames)
+        tensors = {"geometry_frames": resized["pixel_values"], "content_boxes": resized["content_boxes"]}
+        return _Medium(kind, len(frames), frames, True, num_rationale_tokens, **tensors)
 
     def _encoded_medium(self, scene, options: _Options) -> _Medium:
         """Return the place of a scene that the model has encoded already."""
@@ -623,6 +625,7 @@ class GeodeProcessor(ProcessorMixin):
             )
         stacked = [medium.geometry_frames for medium in every]
         data["geometry_frames"], data["geometry_frame_mask"] = _pad_scenes(stacked, scene_mask)
+        data["geometry_content_boxes"], _ = _pad_scenes([medium.content_boxes for medium in every], scene_mask)
         return data
 
     # ---- outputs ----
@@ -718,6 +721,7 @@ class GeodeProcessor(ProcessorMixin):
             "scale_known",
             "geometry_frames",
             "geometry_frame_mask",
+            "geometry_content_boxes",
             "question_input_ids",
             "question_attention_mask",
             "regression_targets",
@@ -776,11 +780,10 @@ def _check_same_number(placeholder: str, texts: Sequence[str], name: str, number
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
     """Stack rows of integers to `(batch_size, longest)`."""
-    padded = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=torch.long)
-    for index, row in enumerate(rows):
-        if row:
-            padded[index, slice(-len(row), None) if side == "left" else slice(len(row))] = torch.tensor(row)
-    return padded
+    longest = max(len(row) for row in rows)
+    fill = [[value] * (longest - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True) if side == "left" else zip(rows, fill, strict=True)
+    return torch.tensor([[*first, *second] for first, second in pairs], dtype=torch.long)
 
 
 def _pad_scenes(stacks: Sequence[torch.Tensor], scene_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,22 +8,23 @@ questions.
 """
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import (
-    load_state_dict_from_file,
-    parse_local_safetensors_file_metadata,
-    save_torch_state_dict,
-)
+from huggingface_hub import load_state_dict_from_file
 from transformers.utils import logging
 
+from .alignment_geode import (
+    scale_from_camera_height,
+    scale_from_depth,
+    scale_from_length,
+    scale_from_positions,
+)
 from .geometry_geode import (
     encode_camera_poses,
     estimate_normals,
@@ -31,8 +32,19 @@ from .geometry_geode import (
     transform_boxes,
     transform_points,
 )
+from .scene_encoding_geode import SceneEncoding
+from .scene_files_geode import (
+    FORMAT_VERSION,
+    PlyCloud,
+    check_version,
+    read_ply,
+    sha256_of,
+    write_ply,
+    write_tensors,
+)
 from .scene_inputs_geode import (
     MAX_INPUT_POINTS,
+    KnownLength,
     box_center,
     check_cameras,
     check_cloud,
@@ -40,16 +52,21 @@ from .scene_inputs_geode import (
     check_depth,
     check_dtype,
     check_extent,
+    check_factor,
     check_rigid,
     check_voxel_size,
     coarser_voxels,
     confident_pixels,
     floor_height,
     frame_cloud,
-    kind_of,
+    height_above_floor,
+    known_ends,
     nominal_unit,
+    reconstructed_frames,
     rigid_matrix,
+    rough_cloud,
     sparse_points,
+    spread_cloud,
     thin_by_voxels,
     thin_to_count,
     to_cameras,
@@ -59,22 +76,22 @@ from .scene_inputs_geode import (
     to_points,
     to_tensor,
     upright_rotation,
+    usable_pixels,
 )
 from .sonata_geode import prepare_point_cloud
 
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1
-# Where metres come from: the input was metric, or the caller knew poses, depth, one length or the camera's height.
-SCALE_SOURCES = ("metric", "poses", "depth", "length", "camera_height", "unknown")
+# Where metres come from: the input was metric, or the caller knew poses, depth, one length, the camera's height or the
+# factor itself.
+SCALE_SOURCES = ("metric", "poses", "depth", "length", "camera_height", "factor", "unknown")
 GRAVITY_SOURCES = ("given", "assumed", "estimated")
 
 _TENSORS_FILE, _HEADER_FILE = "geometry.safetensors", "geometry.json"
 _CLOUD_FIELDS = ("points", "colors", "normals", "scene_from_dataset")
 _CAMERA_FIELDS = ("world_from_cam", "intrinsics", "timestamps_s")
 _HEADER_FIELDS = ("image_size", "is_metric", "scale_source", "gravity", "metres_per_unit")
-_ENCODING_KEY = "geode_scene_encoding"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +124,8 @@ class SceneGeometry:
         is_metric (`bool`, defaults to `True`):
             Lengths are metres.
         scale_source (`str`, defaults to `"metric"`):
-            Where metres come from: `"metric"` (the input was), `"poses"`, `"depth"`, `"length"`, `"camera_height"`, or
-            `"unknown"` if and only if the scene is not metric.
+            Where metres come from: `"metric"` (the input was), `"poses"`, `"depth"`, `"length"`, `"camera_height"`,
+            `"factor"`, or `"unknown"` if and only if the scene is not metric.
         gravity (`str`, defaults to `"given"`):
             Where +z comes from: `"given"` by the caller, `"assumed"` (the first camera is held upright, or the input's
             +z is up) or `"estimated"`.
@@ -154,8 +171,7 @@ class SceneGeometry:
             )
         if self.gravity not in GRAVITY_SOURCES:
             raise ValueError(f"`gravity` must be one of {GRAVITY_SOURCES}, got {self.gravity!r}.")
-        if not (math.isfinite(self.metres_per_unit) and self.metres_per_unit > 0):
-            raise ValueError(f"`metres_per_unit` must be positive, got {self.metres_per_unit}.")
+        check_factor(self.metres_per_unit)
         if self.is_metric:
             check_extent(self.points)
 
@@ -190,9 +206,10 @@ class SceneGeometry:
                 Poses in the input's frame, cameras with +x right, +y down, +z forward.
             images (`np.ndarray` or `torch.Tensor` of shape `(num_frames, height, width, 3)`, *optional*):
                 Red, green, blue as uint8, aligned with `depth`. Without images the colours are zeros.
-            up (sequence of 3 `float`, *optional*):
-                Direction against gravity in the input's frame, `(0, 0, 1)` for a dataset with +z up. Without it the
-                first camera is taken to be held upright, and `gravity` is `"assumed"`.
+            up (sequence of 3 `float` or `"floor"`, *optional*):
+                Direction against gravity in the input's frame, `(0, 0, 1)` for a dataset with +z up. `"floor"` takes
+                the normal of the floor, and `gravity` is `"estimated"` where one is seen. Otherwise the first camera
+                is taken to be held upright, and `gravity` is `"assumed"`.
             is_metric (`bool`, defaults to `True`):
                 Depth and poses are in metres. Otherwise `voxel_size_m` is of the scene scaled to a median
                 camera-to-point distance of 2.5.
@@ -227,7 +244,9 @@ class SceneGeometry:
         keep = confident_pixels(depth_confidence, depth)
         check_voxel_size(voxel_size_m)
 
-        rotation, gravity = upright_rotation(up, poses)
+        rotation, gravity = upright_rotation(
+            up, poses, lambda: rough_cloud(torch.where(keep, depth, 0.0), intrinsics, poses)
+        )
         aligned_from_dataset = rigid_matrix(rotation, -rotation @ poses[0, :3, 3])
         aligned_from_cam = aligned_from_dataset @ poses
         unit = 1.0 if is_metric else nominal_unit(*sparse_points(depth, keep, intrinsics, aligned_from_cam))
@@ -287,9 +306,10 @@ class SceneGeometry:
                 Pinhole matrices in pixels at `image_size`.
             image_size (`tuple[int, int]`, *optional*):
                 `(height, width)`. Required with cameras.
-            up (sequence of 3 `float`, *optional*):
-                Direction against gravity in the input's frame. Without it the first camera is taken to be held
-                upright, or, without cameras, the input's +z to be up; `gravity` is then `"assumed"`.
+            up (sequence of 3 `float` or `"floor"`, *optional*):
+                Direction against gravity in the input's frame, or `"floor"` for the normal of the floor. Without
+                either the first camera is taken to be held upright, or, without cameras, the input's +z to be up;
+                `gravity` is then `"assumed"`.
             is_metric (`bool`, defaults to `True`):
                 The cloud and the poses are in metres. Otherwise `voxel_size_m` is of the scene scaled to a median
                 camera-to-point distance of 2.5.
@@ -316,7 +336,7 @@ class SceneGeometry:
         if voxel_size_m is not None:
             check_voxel_size(voxel_size_m)
 
-        rotation, gravity = upright_rotation(up, poses)
+        rotation, gravity = upright_rotation(up, poses, lambda: spread_cloud(points, normals, poses[:, :3, 3]))
         points = points @ rotation.T
         anchor = rotation @ poses[0, :3, 3] if len(poses) else box_center(points)
         points = points - anchor
@@ -342,6 +362,150 @@ class SceneGeometry:
             gravity=gravity,
             timestamps_s=timestamps_s,
         )
+
+    @classmethod
+    def from_vggt(
+        cls,
+        output,
+        pixel_values,
+        *,
+        scene_index: int = 0,
+        content_boxes=None,
+        min_confidence: float | None = None,
+        up="floor",
+        metres_per_unit: float | None = None,
+        camera_positions_m=None,
+        camera_height_m: float | None = None,
+        depth_m=None,
+        known_length: KnownLength | None = None,
+        timestamps_s=None,
+        max_points: int | None = None,
+        voxel_size_m: float = 0.02,
+    ) -> "SceneGeometry":
+        """
+        Fuse what VGGT predicted into one cloud in the scene frame, in metres if one thing about the scene is known.
+
+        Depth maps and cameras are used, which are more accurate than the predicted points. At most one of
+        `metres_per_unit`, `camera_positions_m`, `camera_height_m`, `depth_m` and `known_length` may be given; without any
+        the scale stays unknown.
+
+        Args:
+            output ([`VggtModelOutput`]):
+                With cameras and depth.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_frames, 3, height, width)`):
+                The frames, as the model got them; they colour the points.
+            scene_index (`int`, defaults to 0):
+                Which row of the batch.
+            content_boxes (`torch.Tensor` of shape `(num_frames, 4)`, *optional*):
+                First column, first row, last column + 1 and last row + 1 of each frame without its padding, as
+                `VggtImageProcessor` returns them. Padding is dropped.
+            min_confidence (`float`, *optional*):
+                Least confidence of depth, which is at least 1; 1.5 to 3 are usual. Without it the lowest fifth is dropped.
+            up (sequence of 3 `float` or `"floor"`, defaults to `"floor"`):
+                See [`SceneGeometry.from_rgbd`]; a direction is in the frame of `output`, about the first camera's.
+            metres_per_unit (`float`, *optional*):
+                The scale itself.
+            camera_positions_m (`np.ndarray` or `torch.Tensor` of shape `(num_frames, 3)`, *optional*):
+                Where each camera was, in metres and in any frame. At least two differ.
+            camera_height_m (`float`, *optional*):
+                Height of the first camera above the floor.
+            depth_m (`np.ndarray` or `torch.Tensor` of shape `(num_frames, height, width)`, *optional*):
+                Measured z-depth in metres at the pixels of `pixel_values`; 0 where there is none.
+            known_length ([`KnownLength`], *optional*):
+                The distance between the surfaces at two pixels.
+            timestamps_s (`np.ndarray` or `torch.Tensor` of shape `(num_frames,)`, *optional*):
+                Times of the frames in seconds.
+            max_points (`int`, *optional*):
+                See [`SceneGeometry.from_rgbd`].
+            voxel_size_m (`float`, defaults to 0.02):
+                See [`SceneGeometry.from_rgbd`].
+
+        Returns:
+            [`SceneGeometry`]: The scene; its dataset frame is that of `output`.
+
+        Raises:
+            ValueError: If a head is missing, a camera is not valid, no depth is confident, or the scale cannot be found.
+        """
+        frames = reconstructed_frames(output, pixel_values, scene_index)
+        keep = usable_pixels(frames, content_boxes, min_confidence)
+        depth, intrinsics, poses = torch.where(keep, frames.depth, 0.0), frames.intrinsics, frames.world_from_cam
+        rough = cache(lambda: rough_cloud(depth, intrinsics, poses))
+        rotation, gravity = upright_rotation(up, poses, rough)
+        known = {
+            "factor": metres_per_unit,
+            "poses": camera_positions_m,
+            "camera_height": camera_height_m,
+            "depth": depth_m,
+            "length": known_length,
+        }
+        given = [name for name, value in known.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"One source of scale is taken at most, got {given}. Give the one you trust most.")
+        scale, source = 1.0, given[0] if given else "unknown"
+        if metres_per_unit is not None:
+            scale = check_factor(metres_per_unit)
+        elif camera_positions_m is not None:
+            scale = scale_from_positions(poses[:, :3, 3], to_tensor("camera_positions_m", camera_positions_m))
+        elif camera_height_m is not None:
+            height = height_above_floor(poses[0, :3, 3], rotation[2], rough())
+            scale = scale_from_camera_height(height, camera_height_m)
+        elif depth_m is not None:
+            scale = scale_from_depth(depth, to_tensor("depth_m", depth_m))
+        elif known_length is not None:
+            scale = scale_from_length(known_ends(known_length, frames), known_length.length_m)
+        # Scaled before the cloud is thinned, so that its voxels are of metres.
+        scaled = poses.clone()
+        scaled[:, :3, 3] *= scale
+        scene = cls.from_rgbd(
+            depth * scale,
+            intrinsics,
+            scaled,
+            images=frames.images,
+            up=rotation[2],
+            is_metric=bool(given),
+            timestamps_s=timestamps_s,
+            max_points=max_points,
+            voxel_size_m=voxel_size_m,
+        )
+        scene_from_dataset = scene.scene_from_dataset.clone()
+        scene_from_dataset[:3, 3] /= scale
+        return dataclasses.replace(
+            scene, scale_source=source, gravity=gravity, metres_per_unit=scale, scene_from_dataset=scene_from_dataset
+        )
+
+    @classmethod
+    def from_ply(cls, path: str | os.PathLike, **options) -> "SceneGeometry":
+        """
+        Read a point cloud from a PLY file, text or binary.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                The file. Colours and normals are used where it has them; faces are left out.
+            **options:
+                Arguments of [`SceneGeometry.from_point_cloud`], such as `up`, `is_metric` and cameras.
+
+        Returns:
+            [`SceneGeometry`]: The scene.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a PLY file of points, or the cloud is not valid.
+        """
+        cloud = read_ply(path)
+        return cls.from_point_cloud(cloud.points, colors=cloud.colors, normals=cloud.normals, **options)
+
+    def save_ply(self, path: str | os.PathLike) -> None:
+        """
+        Write the cloud as binary PLY, for viewers. Cameras and the scale are only in [`SceneGeometry.save`].
+
+        Args:
+            path (`str` or `os.PathLike`):
+                A path ending in `.ply`; an existing file is replaced.
+        """
+        unit = "metres" if self.is_metric else "an unknown unit"
+        colors = (self.colors * 255).round().byte().numpy()
+        cloud = PlyCloud(self.points.numpy(), colors, self.normals.numpy())
+        write_ply(path, cloud, comments=(f"lengths in {unit}, +z up, origin on the floor below the first camera",))
 
     @property
     def num_points(self) -> int:
@@ -378,7 +542,7 @@ class SceneGeometry:
             metres_per_unit (`float`):
                 Metres in one unit of this scene: a known length over the same length measured here.
             source (`str`):
-                What the caller knew: `"poses"`, `"depth"`, `"length"` or `"camera_height"`.
+                What the caller knew: `"poses"`, `"depth"`, `"length"`, `"camera_height"` or the `"factor"`.
 
         Returns:
             [`SceneGeometry`]: The metric scene.
@@ -394,8 +558,7 @@ class SceneGeometry:
         sources = tuple(name for name in SCALE_SOURCES if name not in ("metric", "unknown"))
         if source not in sources:
             raise ValueError(f"`source` must be one of {sources}, got {source!r}.")
-        if not (math.isfinite(metres_per_unit) and metres_per_unit > 0):
-            raise ValueError(f"`metres_per_unit` must be positive, got {metres_per_unit}.")
+        check_factor(metres_per_unit)
         points, world_from_cam = self._scaled(metres_per_unit)
         return dataclasses.replace(
             self,
@@ -506,9 +669,9 @@ class SceneGeometry:
             **{name: getattr(self, name) for name in _HEADER_FIELDS},
         }
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _write_tensors(tensors, Path(scratch) / _TENSORS_FILE)
+            write_tensors(tensors, Path(scratch) / _TENSORS_FILE)
             # The digest ties the two files together: a crash between the two moves must not pass unnoticed.
-            header["tensors_sha256"] = _sha256(Path(scratch) / _TENSORS_FILE)
+            header["tensors_sha256"] = sha256_of(Path(scratch) / _TENSORS_FILE)
             (Path(scratch) / _HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
             for name in (_TENSORS_FILE, _HEADER_FILE):
                 os.replace(Path(scratch) / name, folder / name)
@@ -539,8 +702,8 @@ class SceneGeometry:
                     f"A saved scene has {_HEADER_FILE} and {_TENSORS_FILE}; {folder} has no {name}."
                 )
         header = json.loads((folder / _HEADER_FILE).read_text(encoding="utf-8"))
-        _check_version(header, str(folder / _HEADER_FILE))
-        digest = _sha256(folder / _TENSORS_FILE)
+        check_version(header, str(folder / _HEADER_FILE))
+        digest = sha256_of(folder / _TENSORS_FILE)
         if header.get("tensors_sha256") != digest:
             raise ValueError(
                 f"{folder / _TENSORS_FILE} has SHA-256 {digest}, but {_HEADER_FILE} expects "
@@ -555,120 +718,6 @@ class SceneGeometry:
         # JSON has lists for tuples.
         fields["image_size"] = tuple(fields["image_size"]) if fields["image_size"] else None
         return cls(**tensors, **fields)
-
-
-@dataclass(frozen=True, eq=False)
-class SceneEncoding:
-    """
-    What the model knows of a scene before a question is asked.
-
-    Args:
-        visual_tokens (`torch.Tensor` of shape `(num_frames, num_tokens_per_frame, hidden_size)`):
-            Projected visual tokens of the frames.
-        rationale_tokens (`torch.Tensor` of shape `(num_rationale_tokens, hidden_size)`):
-            All rationale tokens; a question may use only the first of them. None where geometry was off.
-        summary (`dict`):
-            Facts about the geometry, see [`SceneGeometry.summary`]. Must fit into JSON.
-        encoder_digest (`str`):
-            Digest of the weights and settings that made the tokens: tokens of another model mean nothing to this one.
-    """
-
-    visual_tokens: torch.Tensor
-    rationale_tokens: torch.Tensor
-    summary: dict
-    encoder_digest: str
-
-    def __post_init__(self):
-        for name, dims in (("visual_tokens", 3), ("rationale_tokens", 2)):
-            value = getattr(self, name)
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                raise TypeError(f"`{name}` must be a floating-point tensor, got {kind_of(value)}.")
-            if value.dim() != dims:
-                raise ValueError(f"`{name}` must have {dims} dimensions, got shape {tuple(value.shape)}.")
-            if not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"`{name}` must be finite, got {int((~torch.isfinite(value)).sum())} values that are not."
-                )
-        if self.visual_tokens.shape[-1] != self.rationale_tokens.shape[-1]:
-            raise ValueError(
-                "`visual_tokens` and `rationale_tokens` must have the same width, got "
-                f"{self.visual_tokens.shape[-1]} and {self.rationale_tokens.shape[-1]}."
-            )
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames."""
-        return len(self.visual_tokens)
-
-    def to(self, device: str | torch.device) -> "SceneEncoding":
-        """
-        The same encoding with its tensors on a device.
-
-        Args:
-            device (`str` or `torch.device`):
-                The device.
-
-        Returns:
-            [`SceneEncoding`]: The moved encoding.
-        """
-        return dataclasses.replace(
-            self, visual_tokens=self.visual_tokens.to(device), rationale_tokens=self.rationale_tokens.to(device)
-        )
-
-    def save(self, path: str | os.PathLike) -> None:
-        """
-        Write one safetensors file, whose header holds the facts, in one step.
-
-        Args:
-            path (`str` or `os.PathLike`):
-                A path ending in `.safetensors`. Its folder is created if absent.
-        """
-        path = _safetensors_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"visual_tokens": self.visual_tokens}
-        if len(self.rationale_tokens):
-            tensors["rationale_tokens"] = self.rationale_tokens
-        header = {
-            "format_version": FORMAT_VERSION,
-            "encoder_digest": self.encoder_digest,
-            "summary": self.summary,
-        }
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            _write_tensors(tensors, Path(scratch) / "encoding.safetensors", {_ENCODING_KEY: json.dumps(header)})
-            os.replace(Path(scratch) / "encoding.safetensors", path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "SceneEncoding":
-        """
-        Read an encoding that [`SceneEncoding.save`] wrote. Nothing is unpickled.
-
-        Args:
-            path (`str` or `os.PathLike`):
-                The path given to `save`.
-
-        Returns:
-            [`SceneEncoding`]: The encoding, on the CPU.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is not an encoding, or its format version is another.
-        """
-        path = _safetensors_path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no scene encoding at {path}.")
-        tensors = load_state_dict_from_file(path)
-        metadata = parse_local_safetensors_file_metadata(path).metadata
-        if _ENCODING_KEY not in metadata:
-            raise ValueError(f"{path} holds tensors but no scene encoding: its header has no {_ENCODING_KEY!r}.")
-        header = json.loads(metadata[_ENCODING_KEY])
-        _check_version(header, str(path))
-        visual_tokens = tensors["visual_tokens"]
-        return cls(
-            visual_tokens=visual_tokens,
-            rationale_tokens=tensors.get("rationale_tokens", visual_tokens.new_zeros(0, visual_tokens.shape[-1])),
-            summary=header["summary"],
-            encoder_digest=header["encoder_digest"],
-        )
 
 
 def collate_scenes(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
@@ -748,32 +797,4 @@ def _place_on_floor(
     )
 
 
-def _safetensors_path(path: str | os.PathLike) -> Path:
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"`path` must end in .safetensors, got {path}.")
-    return path
-
-
-def _check_version(header: dict, where: str) -> None:
-    version = header.get("format_version") if isinstance(header, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{where} must have `format_version` {FORMAT_VERSION}, got {version!r}. Write it again with this version "
-            "of geode, or update geode."
-        )
-
-
-def _write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    # Clones: the writer drops all but one of the tensors that share a storage.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    pattern = f"{path.stem}{{suffix}}.safetensors"
-    save_torch_state_dict(tensors, path.parent, filename_pattern=pattern, max_shard_size="1TB", metadata=metadata)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+__all__ = ["KnownLength", "SceneEncoding", "SceneGeometry", "collate_scenes"]

@@ -7,11 +7,17 @@ with the values that are wrong. A `cloud` is a list of points, colours and, wher
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
+from .alignment_geode import Floor, find_floor
 from .geometry_geode import (
+    estimate_normals,
+    invert_rigid,
     median_camera_distance,
     normals_from_depth,
     rotation_aligning_to_z,
@@ -20,6 +26,8 @@ from .geometry_geode import (
     voxel_representatives,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # A cloud of unknown scale is voxelised as if its cameras were, in the median, this far from its points.
 NOMINAL_DISTANCE_M = 2.5
@@ -31,6 +39,34 @@ DROPPED_CONFIDENCE_FRACTION = 0.2
 # Guards against wrong units and runaway memory; no room comes near them.
 MAX_INPUT_POINTS = 50_000_000
 MAX_EXTENT_M = 1000.0
+# What gravity and the camera's height are read from: points of about this spacing at the nominal distance.
+ROUGH_SPACING_M = 0.05
+ROUGH_PIXELS = 200_000
+
+
+class KnownLength(NamedTuple):
+    """
+    A distance that the caller knows, between the surfaces that two pixels show.
+
+    Args:
+        start (`tuple[int, float, float]`): Frame, column u and row v of one end, in pixels of the reconstructed frames.
+        end (`tuple[int, float, float]`): The other end; the frames may differ.
+        length_m (`float`): The distance in metres.
+    """
+
+    start: tuple[int, float, float]
+    end: tuple[int, float, float]
+    length_m: float
+
+
+class ReconstructedFrames(NamedTuple):
+    """One scene out of VGGT: depth, confidence `(N, H, W)`, intrinsics, `world_from_cam`, images `(N, H, W, 3)`."""
+
+    depth: torch.Tensor
+    confidence: torch.Tensor
+    intrinsics: torch.Tensor
+    world_from_cam: torch.Tensor
+    images: torch.Tensor
 
 
 def kind_of(value) -> str:
@@ -292,9 +328,22 @@ def rigid_matrix(rotation: torch.Tensor, translation: torch.Tensor) -> torch.Ten
     return matrix
 
 
-def upright_rotation(up, poses: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """The smallest rotation that takes up to +z, and where up comes from."""
-    if up is not None:
+def upright_rotation(up, poses: torch.Tensor, rough: Callable) -> tuple[torch.Tensor, str]:
+    """The smallest rotation that takes up to +z, and where up comes from. `rough` gives a cloud to find a floor in."""
+    if isinstance(up, str):
+        if up != "floor":
+            raise ValueError(f"`up` must be a direction of 3 numbers or 'floor', got {up!r}.")
+        # The cameras' mean up is near the truth: how they are tilted and rolled averages out.
+        prior = -poses[:, :3, 1].mean(dim=0) if len(poses) else torch.tensor([0.0, 0.0, 1.0])
+        if float(torch.linalg.vector_norm(prior)) < 0.1:
+            prior = -poses[0, :3, 1]  # cameras that hang every way up say nothing together
+        floor = floor_of(rough(), prior)
+        if floor is not None:
+            return rotation_aligning_to_z(floor.up), "estimated"
+        logger.warning(
+            "No floor was found, so the first camera is taken to be held upright. Give the direction as `up` if you know it."
+        )
+    elif up is not None:
         up = to_tensor("up", up).double()
         if tuple(up.shape) != (3,):
             raise ValueError(f"`up` must be one direction of 3 numbers, got shape {tuple(up.shape)}.")
@@ -302,6 +351,129 @@ def upright_rotation(up, poses: torch.Tensor) -> tuple[torch.Tensor, str]:
     if len(poses):
         return rotation_aligning_to_z(-poses[0, :3, 1]), "assumed"
     return torch.eye(3, dtype=torch.float64), "assumed"
+
+
+class RoughCloud(NamedTuple):
+    """Points evenly spread over the surfaces, their unit normals, and the median distance to the cameras."""
+
+    points: torch.Tensor
+    normals: torch.Tensor
+    distance: float
+
+
+def floor_of(rough: RoughCloud, prior: torch.Tensor) -> Floor | None:
+    """The floor of a cloud, if one is seen."""
+    return find_floor(rough.points, rough.normals, prior=prior, distance=rough.distance)
+
+
+def height_above_floor(center: torch.Tensor, up: torch.Tensor, rough: RoughCloud) -> float:
+    """How high a point is above the floor; where no floor is seen, above the lowest things."""
+    floor = floor_of(rough, up)
+    # A plane through the floor averages out the noise that a percentile of the heights picks up.
+    height = float(floor_height((rough.points @ up)[:, None].expand(-1, 3))) if floor is None else floor.height
+    return float(center @ up) - height
+
+
+def rough_cloud(depth, intrinsics, poses) -> RoughCloud:
+    """A coarse cloud of depth maps."""
+    step = max(1, math.ceil(math.sqrt(depth.numel() / ROUGH_PIXELS)))
+    depth, intrinsics = depth[:, ::step, ::step], intrinsics.clone()
+    intrinsics[:, :2] /= step
+    keep = depth > 0
+    unit = nominal_unit(*sparse_points(depth, keep, intrinsics, poses))
+    frames = zip(depth, keep, intrinsics, poses, strict=True)
+    clouds = [
+        frame_cloud(one, valid, None, camera, pose, ROUGH_SPACING_M * unit) for one, valid, camera, pose in frames
+    ]
+    cloud = thin_by_voxels([torch.cat(parts) for parts in zip(*clouds, strict=True)], ROUGH_SPACING_M * unit)
+    return RoughCloud(cloud[0], torch.nn.functional.normalize(cloud[2], dim=1), unit * NOMINAL_DISTANCE_M)
+
+
+def spread_cloud(points, normals, centers) -> RoughCloud:
+    """A coarse version of a cloud."""
+    unit = nominal_unit(points, centers)
+    cloud = [points] if normals is None else [points, points, to_normals(normals, points)]
+    cloud = thin_by_voxels(cloud, ROUGH_SPACING_M * unit)
+    normals = estimate_normals(cloud[0], camera_centers=centers) if normals is None else cloud[2]
+    return RoughCloud(cloud[0], torch.nn.functional.normalize(normals, dim=1), unit * NOMINAL_DISTANCE_M)
+
+
+def reconstructed_frames(output, pixel_values, scene_index: int) -> ReconstructedFrames:
+    """Take one scene out of VGGT's output, on the CPU and in float64, and check its cameras."""
+    missing = [name for name in ("extrinsics", "depth") if getattr(output, name) is None]
+    if missing:
+        raise ValueError(f"`output` must have cameras and depth, got no {missing}. Run `heads=('camera', 'depth')`.")
+    pixel_values = to_tensor("pixel_values", pixel_values)
+    shape = tuple(output.depth.shape[:4])
+    if pixel_values.dim() != 5 or (*pixel_values.shape[:2], *pixel_values.shape[3:]) != shape:
+        raise ValueError(
+            "`pixel_values` must be the frames that `output` was made from, of shape "
+            f"{(*shape[:2], 3, *shape[2:])}, got {tuple(pixel_values.shape)}."
+        )
+    depth, confidence, extrinsics, intrinsics = (
+        value[scene_index].detach().cpu().double()
+        for value in (output.depth, output.depth_confidence, output.extrinsics, output.intrinsics)
+    )
+    cameras = torch.cat([extrinsics.flatten(1), intrinsics.flatten(1)], dim=1)
+    lost = (~torch.isfinite(cameras).all(dim=1)).nonzero().flatten().tolist()
+    if lost:
+        raise ValueError(
+            f"VGGT found no camera for frames {lost} of {len(depth)} (a field of view of 0 or no rotation). Leave these "
+            "frames out, and check that the model is a trained one."
+        )
+    cam_from_world = torch.eye(4, dtype=torch.float64).repeat(len(depth), 1, 1)
+    cam_from_world[:, :3] = extrinsics
+    images = (pixel_values[scene_index].float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    return ReconstructedFrames(depth[..., 0], confidence, intrinsics, invert_rigid(cam_from_world), images)
+
+
+def usable_pixels(frames: ReconstructedFrames, content_boxes, min_confidence: float | None) -> torch.Tensor:
+    """Pixels of finite depth that are no padding and confident enough, `(num_frames, height, width)`."""
+    depth = frames.depth
+    inside = torch.ones_like(depth, dtype=torch.bool)
+    if content_boxes is not None:
+        boxes = to_tensor("content_boxes", content_boxes)
+        if tuple(boxes.shape) != (len(depth), 4):
+            raise ValueError(f"`content_boxes` must have shape {(len(depth), 4)}, got {tuple(boxes.shape)}.")
+        rows, columns = torch.arange(depth.shape[1])[:, None], torch.arange(depth.shape[2])
+        left, top, right, bottom = (side[:, None, None] for side in boxes.unbind(dim=1))
+        inside = (columns >= left) & (columns < right) & (rows >= top) & (rows < bottom)
+    inside &= torch.isfinite(depth)
+    if min_confidence is None:
+        return confident_pixels(frames.confidence, torch.where(inside, depth, 0.0))
+    keep = inside & (depth > 0) & (frames.confidence >= min_confidence)
+    if not bool(keep.any()):
+        raise ValueError(
+            f"`min_confidence` {min_confidence} drops every pixel: confidence lies between "
+            f"{float(frames.confidence.min()):.4g} and {float(frames.confidence.max()):.4g}. Lower it, or leave it out."
+        )
+    return keep
+
+
+def known_ends(known: KnownLength, frames: ReconstructedFrames) -> torch.Tensor:
+    """The reconstructed ends of a known length, `(2, 3)`. Depth is that of the nearest pixel: edges must not mix."""
+    ends = []
+    num_frames, height, width = frames.depth.shape
+    for frame, u, v in (known.start, known.end):
+        column, row = round(u), round(v)
+        if not (0 <= frame < num_frames and 0 <= column < width and 0 <= row < height):
+            raise ValueError(
+                f"The ends of `known_length` must be (frame, u, v) within {num_frames} frames of {height} x {width} "
+                f"pixels, got {(frame, u, v)}."
+            )
+        z = frames.depth[frame, row, column]
+        if not (bool(torch.isfinite(z)) and float(z) > 0):
+            raise ValueError(f"There is no depth at the end {(frame, u, v)} of `known_length`. Choose another pixel.")
+        ray = torch.linalg.solve(frames.intrinsics[frame], torch.tensor([u, v, 1.0], dtype=torch.float64))
+        ends.append(transform_points(frames.world_from_cam[frame], (z * ray)[None])[0])
+    return torch.stack(ends)
+
+
+def check_factor(metres_per_unit: float) -> float:
+    """Return a scale, once it is known to be positive."""
+    if not (math.isfinite(metres_per_unit) and metres_per_unit > 0):
+        raise ValueError(f"`metres_per_unit` must be positive, got {metres_per_unit}.")
+    return float(metres_per_unit)
 
 
 def box_center(points: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 """A tiny GEODE and inputs for it, so that any test suite can be pointed at the model."""
 
 import torch
+from transformers import set_seed
 
-from geode.configuration.configuration_geode import GeodeConfig
+from geode.configuration.configuration_geode import GeodeConfig, VggtConfig
+from geode.modeling_geode.vggt_geode import VggtModel
 
 
 # Low ids survive tests that shrink the vocabulary.
@@ -85,6 +87,36 @@ def tiny_config(**overrides) -> GeodeConfig:
     for name, value in overrides.items():
         settings[name] = {**(settings[name] or {}), **value} if isinstance(value, dict) else value
     return GeodeConfig(**settings)
+
+
+TINY_RECONSTRUCTOR = {
+    "image_size": 28,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "trunk_num_hidden_layers": 1,
+    "trunk_num_attention_heads": 2,
+    "camera_num_hidden_layers": 1,
+    "camera_num_attention_heads": 2,
+    "dense_hidden_size": 8,
+    "dense_projection_sizes": [4, 4, 8, 8],
+    "tapped_layers": [0, 0, 1, 1],
+}
+
+
+def steady_cameras(model: VggtModel) -> VggtModel:
+    """Damp the refinements of a random camera head: large ones may close a field of view, small ones stay near 1 rad."""
+    with torch.no_grad():
+        for parameter in model.camera_head.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0.1)
+    return model
+
+
+def tiny_vggt(**changes) -> VggtModel:
+    """A random reconstructor of two layers, whose depth is about 1."""
+    set_seed(0)
+    return steady_cameras(VggtModel(VggtConfig(**{**TINY_RECONSTRUCTOR, **changes})).eval())
 
 
 def tiny_geometry(generator: torch.Generator, batch_size: int, num_scenes: int = 1) -> dict[str, torch.Tensor]:

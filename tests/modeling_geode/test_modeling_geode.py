@@ -14,7 +14,9 @@ from tests.modeling_geode.common_geode import (
     IMAGE_TOKEN,
     RATIONALE_TOKEN,
     REG_TOKEN,
+    TINY_RECONSTRUCTOR,
     prepare_inputs,
+    steady_cameras,
     tiny_config,
 )
 
@@ -567,25 +569,8 @@ def test_any_decoder_reads_the_scene(decoder, inputs):
 
 def test_geometry_frames_take_the_place_of_geometry(inputs):
     """The reconstructor's scenes equal the same geometry given by hand, and padded frames are never seen."""
-    reconstructor = {
-        "image_size": 28,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "trunk_num_hidden_layers": 1,
-        "trunk_num_attention_heads": 2,
-        "camera_num_hidden_layers": 1,
-        "camera_num_attention_heads": 2,
-        "dense_hidden_size": 8,
-        "dense_projection_sizes": [4, 4, 8, 8],
-        "tapped_layers": [0, 0, 1, 1],
-    }
-    model = make_model(reconstructor_config=reconstructor)
-    with torch.no_grad():
-        # Random refinements may close a field of view; small ones stay near the initial one radian.
-        for parameter in model.model.reconstructor.camera_head.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(0.1)
+    model = make_model(reconstructor_config=TINY_RECONSTRUCTOR)
+    steady_cameras(model.model.reconstructor)
     generator = torch.Generator().manual_seed(0)
     frames = torch.rand(3, 1, 3, 3, 28, 42, generator=generator)
     mask = torch.tensor([[[True, True, False]], [[True, True, True]], [[True, False, False]]])

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of scenes: tensors with a version and a digest, and point clouds as PLY. Nothing is unpickled."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import save_torch_state_dict
+
+
+FORMAT_VERSION = 1
+# Names of PLY's types, old and new, as NumPy's.
+_PLY_TYPES = {
+    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
+    "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
+    "double": "f8", "float64": "f8",
+}  # fmt: skip
+_PLY_FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+_MAX_PLY_HEADER = 65_536  # bytes
+
+
+def check_version(header: dict, where: str) -> None:
+    """Raise unless a header is of this version of the format."""
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} must have `format_version` {FORMAT_VERSION}, got {version!r}. Write it again with this version "
+            "of geode, or update geode."
+        )
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file."""
+    # Clones: the writer drops all but one of the tensors that share a storage.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    pattern = f"{path.stem}{{suffix}}.safetensors"
+    save_torch_state_dict(tensors, path.parent, filename_pattern=pattern, max_shard_size="1TB", metadata=metadata)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class PlyCloud(NamedTuple):
+    """
+    What a PLY file says about its vertices.
+
+    Args:
+        points (`np.ndarray` of shape `(num_points, 3)`): Coordinates, float64, in the file's frame and unit.
+        colors (`np.ndarray` of shape `(num_points, 3)`, *optional*): Red, green, blue: uint8, or floating point.
+        normals (`np.ndarray` of shape `(num_points, 3)`, *optional*): Normals, float64.
+    """
+
+    points: np.ndarray
+    colors: np.ndarray | None = None
+    normals: np.ndarray | None = None
+
+
+class _PlyElement(NamedTuple):
+    name: str
+    count: int
+    properties: list[tuple[str, str]]
+    has_lists: bool
+
+
+def write_ply(path: str | os.PathLike, cloud: PlyCloud, *, comments: tuple[str, ...] = ()) -> None:
+    """
+    Write a point cloud as binary PLY, in one step.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A path ending in `.ply`. Its folder is created if absent.
+        cloud ([`PlyCloud`]):
+            Points, which are written as float32, with colours as uint8 and normals if there are any.
+        comments (`tuple[str, ...]`):
+            Lines for the header.
+
+    Raises:
+        ValueError: If the path ends in something else.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".ply":
+        raise ValueError(f"`path` must end in .ply, got {path}.")
+    parts = [("xyz", "<f4", "float", cloud.points)]
+    if cloud.normals is not None:
+        parts.append((("nx", "ny", "nz"), "<f4", "float", cloud.normals))
+    if cloud.colors is not None:
+        parts.append((("red", "green", "blue"), "u1", "uchar", cloud.colors))
+    rows = np.empty(len(cloud.points), dtype=[(name, dtype) for names, dtype, _, _ in parts for name in names])
+    for names, _, _, values in parts:
+        for column, name in enumerate(names):
+            rows[name] = values[:, column]
+    header = ["ply", "format binary_little_endian 1.0", *(f"comment {line}" for line in comments)]
+    header += [f"element vertex {len(rows)}"]
+    header += [f"property {kind} {name}" for names, _, kind, _ in parts for name in names]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        written = Path(scratch) / "cloud.ply"
+        written.write_bytes("\n".join([*header, "end_header", ""]).encode("ascii") + rows.tobytes())
+        os.replace(written, path)
+
+
+def read_ply(path: str | os.PathLike) -> PlyCloud:
+    """
+    Read the vertices of a PLY file, text or binary. Faces and other elements are left out.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+
+    Returns:
+        [`PlyCloud`]: Coordinates, and colours and normals where the file has them.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a PLY file, has no vertices with x, y and z, or is truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no point cloud at {path}.")
+    data = path.read_bytes()
+    order, elements, start = _ply_header(data, path)
+    position = next((i for i, element in enumerate(elements) if element.name == "vertex"), None)
+    if position is None:
+        raise ValueError(f"{path} must have an element `vertex`, and has {[element.name for element in elements]}.")
+    vertex, before = elements[position], elements[:position]
+    names = {name for name, _ in vertex.properties}
+    if vertex.has_lists or not {"x", "y", "z"} <= names:
+        raise ValueError(f"The vertices of {path} must have x, y and z and no lists, and have {sorted(names)}.")
+    rows = _ply_rows(data, path, order=order, start=start, before=before, vertex=vertex)
+    columns = [("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue")]
+    colors = next((_stack(rows, wanted) for wanted in columns if set(wanted) <= names), None)
+    if colors is not None and colors.dtype != np.uint8 and colors.dtype.kind != "f":
+        raise ValueError(f"The colours of {path} must be uchar or floating point, and are {colors.dtype}.")
+    normals = _stack(rows, ("nx", "ny", "nz")).astype(np.float64) if {"nx", "ny", "nz"} <= names else None
+    return PlyCloud(_stack(rows, "xyz").astype(np.float64), colors, normals)
+
+
+def _stack(rows: np.ndarray, names) -> np.ndarray:
+    return np.stack([rows[name] for name in names], axis=1)
+
+
+def _ply_header(data: bytes, path: Path) -> tuple[str, list[_PlyElement], int]:
+    """The byte order, or an empty string for text, the elements, and where the content starts."""
+    end = data.find(b"end_header", 0, _MAX_PLY_HEADER)
+    start = data.find(b"\n", end) + 1
+    if not data.startswith(b"ply") or end < 0 or start == 0:
+        raise ValueError(f"{path} must be a PLY file, which starts with `ply` and a header, got {data[:16]!r}.")
+    order, elements = None, []
+    for line in data[:end].decode("ascii", errors="replace").splitlines():
+        match line.split():
+            case ["format", kind, _] if kind in _PLY_FORMATS:
+                order = _PLY_FORMATS[kind]
+            case ["element", name, count] if count.isdecimal():
+                elements.append(_PlyElement(name, int(count), [], has_lists=False))
+            case ["property", "list", *_] if elements:
+                elements[-1] = elements[-1]._replace(has_lists=True)
+            case ["property", kind, name] if elements and kind in _PLY_TYPES:
+                elements[-1].properties.append((name, _PLY_TYPES[kind]))
+            case [] | ["ply" | "comment" | "obj_info", *_]:
+                pass
+            case _:
+                raise ValueError(f"{path} has a line in its header that PLY does not know: {line[:80]!r}.")
+    if order is None:
+        raise ValueError(f"{path} must state one of the formats {sorted(_PLY_FORMATS)} in its header, and has none.")
+    return order, elements, start
+
+
+def _ply_rows(data: bytes, path: Path, *, order: str, start: int, before: list[_PlyElement], vertex: _PlyElement):
+    """The vertices as a structured array."""
+    if order:
+        if any(element.has_lists for element in before):
+            raise ValueError(f"{path} has lists before its vertices. Save it again with the vertices first.")
+        start += sum(element.count * _ply_dtype(element, order).itemsize for element in before)
+        dtype = _ply_dtype(vertex, order)
+        if start + vertex.count * dtype.itemsize > len(data):
+            found = max(0, len(data) - start) // dtype.itemsize
+            raise ValueError(f"{path} is truncated: it promises {vertex.count} vertices and holds {found}.")
+        return np.frombuffer(data, dtype, count=vertex.count, offset=start)
+    lines = data[start:].decode("ascii", errors="replace").split("\n")
+    lines = [line.split() for line in lines if line.strip()][sum(element.count for element in before) :]
+    if len(lines) < vertex.count:
+        raise ValueError(f"{path} is truncated: it promises {vertex.count} vertices and holds {len(lines)}.")
+    try:
+        return np.array([tuple(line) for line in lines[: vertex.count]], dtype=_ply_dtype(vertex, "="))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"The vertices of {path} do not fit their header, {len(vertex.properties)} numbers: {error}."
+        ) from error
+
+
+def _ply_dtype(element: _PlyElement, order: str) -> np.dtype:
+    return np.dtype([(name, order + kind) for name, kind in element.properties])
+
+
+__all__ = ["FORMAT_VERSION", "PlyCloud", "check_version", "read_ply", "sha256_of", "write_ply", "write_tensors"]
