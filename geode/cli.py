@@ -62,6 +62,58 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object per question")
     ask.set_defaults(run=_run_ask)
 
+    reconstruct = commands.add_parser(
+        "reconstruct",
+        help="turn a video into geometry, cameras and a picture",
+        description="Turn a video into geometry, cameras (also as a COLMAP text model), a point cloud and a picture, with VGGT. "
+        "Lengths are in metres if one of the sources of scale is given.",
+    )
+    reconstruct.add_argument("video", metavar="VIDEO", help="a video file or a folder of images")
+    reconstruct.add_argument("-o", "--out", metavar="DIR", required=True, help="a folder that is new or empty")
+    reconstruct.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        default="facebook/VGGT-1B",
+        help="VGGT, or a GEODE model with a reconstructor (default: %(default)s, which is not for commercial use)",
+    )
+    reconstruct.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    reconstruct.add_argument("--num-frames", metavar="N", type=int, default=16, help="frames to take (default: 16)")
+    reconstruct.add_argument(
+        "--image-size", metavar="PIXELS", type=int, help="width of the frames for the model (default: the model's)"
+    )
+    reconstruct.add_argument(
+        "--mode", choices=("crop", "pad"), default="crop", help="portrait frames are cropped, or padded with white"
+    )
+    reconstruct.add_argument(
+        "--frames-chunk-size", metavar="N", type=int, help="frames at a time; fewer take less memory"
+    )
+    reconstruct.add_argument(
+        "--min-confidence", metavar="C", type=float, help="drop pixels below (default: the lowest fifth)"
+    )
+    reconstruct.add_argument(
+        "--up",
+        metavar=("X", "Y", "Z"),
+        nargs=3,
+        type=float,
+        help="against gravity, in the first camera's axes: right, down, forward (default: the floor's normal)",
+    )
+    scale = reconstruct.add_mutually_exclusive_group()
+    scale.add_argument("--metres-per-unit", metavar="FACTOR", type=float, help="the scale itself")
+    scale.add_argument(
+        "--camera-height-m", metavar="METRES", type=float, help="height of the first camera over the floor"
+    )
+    scale.add_argument(
+        "--known-length",
+        metavar=("FRAME", "U", "V", "FRAME", "U", "V", "METRES"),
+        nargs=7,
+        type=float,
+        help="a distance between two pixels of the frames that are written to colmap/images",
+    )
+    scale.add_argument(
+        "--camera-positions", metavar="FILE", help="a text file with `x y z` in metres for each frame that is taken"
+    )
+    reconstruct.set_defaults(run=_run_reconstruct)
+
     export = commands.add_parser(
         "export",
         help="write a model as a folder that loads without this package",
@@ -101,6 +153,16 @@ def _run_ask(arguments: argparse.Namespace) -> None:
         num_frames=arguments.num_frames,
         as_json=arguments.as_json,
     )
+
+
+def _run_reconstruct(arguments: argparse.Namespace) -> None:
+    from geode.reconstruct import reconstruct_video
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("video", "out", "run")}
+    scene = reconstruct_video(arguments.video, arguments.out, **options)
+    for name, value in scene.summary().items():
+        print(f"{name}: {value}")
+    print(f"reconstructed: {arguments.out}")
 
 
 def _run_export(arguments: argparse.Namespace) -> None:
