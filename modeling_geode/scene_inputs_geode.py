@@ -369,9 +369,14 @@ def floor_of(rough: RoughCloud, prior: torch.Tensor) -> Floor | None:
 def height_above_floor(center: torch.Tensor, up: torch.Tensor, rough: RoughCloud) -> float:
     """How high a point is above the floor; where no floor is seen, above the lowest things."""
     floor = floor_of(rough, up)
-    # A plane through the floor averages out the noise that a percentile of the heights picks up.
-    height = float(floor_height((rough.points @ up)[:, None].expand(-1, 3))) if floor is None else floor.height
-    return float(center @ up) - height
+    if floor is not None:
+        # A plane through the floor averages out the noise that a percentile of the heights picks up.
+        return float(center @ up) - floor.height
+    logger.warning(
+        "No floor was found, so heights count from the lowest things that are seen, and a scale from the camera's height "
+        "may be off. Another source of scale needs no floor."
+    )
+    return float(center @ up) - float(floor_height((rough.points @ up)[:, None].expand(-1, 3)))
 
 
 def rough_cloud(depth, intrinsics, poses) -> RoughCloud:

@@ -30,12 +30,12 @@ FRAMES = [1, 6, 13, 19, 27, 30]
 
 
 class Exact:
-    """What a perfect VGGT would say about six frames of the embedded scene, and the truth."""
+    """What a perfect VGGT would say about some frames of the embedded scene, and the truth."""
 
-    def __init__(self):
+    def __init__(self, frames=FRAMES):
         stored = load_file(geode.embedded_scene() / "frames.safetensors")
-        self.depth_m = stored["depth_mm"][FRAMES].double() / 1000
-        self.world_from_cam = stored["world_from_cam"][FRAMES]
+        self.depth_m = stored["depth_mm"][frames].double() / 1000
+        self.world_from_cam = stored["world_from_cam"][frames]
         count, height, width = self.depth_m.shape
         self.intrinsics = stored["depth_intrinsics"].expand(count, 3, 3)
         generator = torch.Generator().manual_seed(0)
@@ -97,6 +97,15 @@ def test_each_source_of_scale_recovers_the_embedded_scene_in_metres(exact, sourc
     torch.testing.assert_close(centers[:, 2], truth[:, 2], atol=5e-3, rtol=0)
     torch.testing.assert_close(torch.cdist(centers, centers), torch.cdist(truth, truth), atol=5e-3, rtol=0)
     torch.testing.assert_close(centers[0, :2], torch.zeros(2, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_gravity_and_height_of_many_pixels_are_read_from_a_part_of_them():
+    """All 32 frames have more pixels than are looked at for gravity and height; leaving some out moves no camera."""
+    exact = Exact(list(range(32)))
+    assert exact.depth_m.numel() > scene_inputs_geode.ROUGH_PIXELS
+    scene = SceneGeometry.from_vggt(exact.output(), exact.pixel_values, camera_height_m=exact.camera_height_m)
+    assert angle_deg(scene.scene_from_dataset[2, :3], exact.up) < 0.2
+    assert scene.metres_per_unit * UNITS_PER_M == pytest.approx(1, rel=5e-3)
 
 
 def test_scene_in_metres_is_the_one_from_metric_depth(exact):
@@ -169,6 +178,21 @@ def test_gravity_is_assumed_aloud_where_no_floor_is_seen(monkeypatch):
     assert "No floor was found" in messages[0]
     with pytest.raises(ValueError, match=r"3 numbers or 'floor', got 'ceiling'"):
         SceneGeometry.from_rgbd(wall, intrinsics, torch.eye(4)[None], up="ceiling")
+
+
+def test_camera_height_counts_from_the_lowest_things_aloud_where_no_floor_is_seen(monkeypatch):
+    """A wall 2 away, seen 1.5 down by a camera whose height is said to be 3: 2 metres per unit."""
+    messages = []
+    monkeypatch.setattr(scene_inputs_geode.logger, "warning", messages.append)
+    intrinsics = torch.tensor([[20.0, 0, 14.0], [0, 20, 7.0], [0, 0, 1]])[None, None]
+    depth = torch.full((1, 1, 23, 29, 1), 2.0)
+    output = VggtModelOutput(
+        extrinsics=torch.eye(4)[None, None, :3], intrinsics=intrinsics, depth=depth, depth_confidence=depth[..., 0]
+    )
+    scene = SceneGeometry.from_vggt(output, torch.zeros(1, 1, 3, 23, 29), up=(0, -1, 0), camera_height_m=3.0)
+    assert scene.metres_per_unit == pytest.approx(2, rel=1e-5)
+    assert len(messages) == 1
+    assert "No floor was found" in messages[0]
 
 
 def test_gravity_of_a_point_cloud_comes_from_its_floor():
