@@ -29,12 +29,14 @@ _EXPORTS = {
     "GeodeForConditionalGeneration": f"{_MODELING}.modeling_geode",
     "GeodeModel": f"{_MODELING}.modeling_geode",
     "GeodeProcessor": f"{_MODELING}.processing_geode",
+    "KnownLength": f"{_MODELING}.scene_geode",
     "SceneEncoding": f"{_MODELING}.scene_geode",
     "SceneGeometry": f"{_MODELING}.scene_geode",
     "SonataModel": f"{_MODELING}.sonata_geode",
     "VggtImageProcessor": f"{_MODELING}.vggt_processing_geode",
     "VggtModel": f"{_MODELING}.vggt_geode",
     "convert_vggt_checkpoint": f"{_MODELING}.vggt_geode",
+    "reconstruct_with_vggt": f"{_MODELING}.reconstruction_geode",
 }
 
 __all__ = [*_EXPORTS, "__version__", "embedded_scene", "register_auto_classes", "tiny_checkpoint"]
