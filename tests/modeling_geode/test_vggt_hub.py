@@ -197,6 +197,8 @@ def test_published_weights_are_sent_to_their_converter(public_folder, tmp_path):
 
 def test_published_weights_on_the_hub_are_told_by_the_revision_that_is_asked_for(public_folder, hub_cache):
     put_in_hub_cache(public_folder, "org/public", hub_cache)
+    # Only the commit is there, and no branch.
+    (hub_cache / "hub" / "models--org--public" / "refs" / "main").unlink()
     with pytest.raises(ValueError, match="'org/public' has none"):
         VggtModel.from_pretrained("org/public", revision=COMMIT)
 
@@ -266,6 +268,7 @@ def test_folders_and_hub_names_convert_alike(public_folder, hub_cache, model, ch
     assert_same_weights(convert_vggt_checkpoint(str(public_folder)), model)
     put_in_hub_cache(public_folder, "org/vggt", hub_cache)
     assert_same_weights(convert_vggt_checkpoint("org/vggt"), model)
+    (hub_cache / "hub" / "models--org--vggt" / "refs" / "main").unlink()
     assert_same_weights(convert_vggt_checkpoint("org/vggt", revision=COMMIT), model)
 
 
