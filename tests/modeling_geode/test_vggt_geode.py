@@ -31,6 +31,7 @@ from geode.modeling_geode.vggt_geode import (
     encode_pose,
     preprocess_images,
 )
+from tests.modeling_geode.common_geode import TINY_RECONSTRUCTOR
 
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "vggt"
@@ -345,21 +346,8 @@ def test_the_pose_that_is_fed_back_carries_no_gradient(state, pixel_values):
 
 
 def tiny_config(**changes) -> VggtConfig:
-    values = {
-        "image_size": 28,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "trunk_num_hidden_layers": 1,
-        "trunk_num_attention_heads": 2,
-        "camera_num_hidden_layers": 1,
-        "camera_num_attention_heads": 2,
-        "camera_num_iterations": 2,
-        "dense_hidden_size": 8,
-        "dense_projection_sizes": [4, 8, 12, 16],
-        "tapped_layers": [0, 0, 1, 1],
-    }
-    return VggtConfig(**(values | changes))
+    values = {"camera_num_iterations": 2, "dense_projection_sizes": [4, 8, 12, 16]}
+    return VggtConfig(**(TINY_RECONSTRUCTOR | values | changes))
 
 
 def test_save_and_load_is_bitwise(model, pixel_values, full_output, tmp_path):
