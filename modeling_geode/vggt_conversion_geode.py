@@ -178,7 +178,13 @@ def resolve_checkpoint(
             f"{os.fspath(checkpoint)!r} holds a model of type {found['model_type']!r}. Load it with {remedy}."
         )
     state = _checked_state(_read_folder(checkpoint, revision))
-    return state, _resolve_config(found if config is None else config)
+    if config is None:
+        known = {name: value for name, value in found.items() if _is_size(name)}
+        if len(known) < len(found):
+            # A publisher may state switches of his own program there. The tensors show whether a size was among them.
+            logger.warning(f"Of config.json, {sorted(found.keys() - known.keys())} say nothing to this model.")
+        config = known
+    return state, _resolve_config(config)
 
 
 def convert_state_dict(
@@ -231,12 +237,16 @@ def checkpoint_name(name: str) -> tuple[str, int | None]:
     return name, None if third is None else "qkv".index(third[1])
 
 
+def _is_size(name: str) -> bool:
+    return _CONFIG_NAMES.get(name, name) in VggtConfig.__dataclass_fields__
+
+
 def _resolve_config(config: VggtConfig | Mapping[str, Any] | None) -> VggtConfig:
     # By name, not by class: a configuration loaded with remote code is another class object.
     if config is not None and not isinstance(config, Mapping):
         return config
     fields = {_CONFIG_NAMES.get(name, name): value for name, value in (config or {}).items()}
-    unknown = fields.keys() - VggtConfig.__dataclass_fields__.keys()
+    unknown = [name for name in fields if not _is_size(name)]
     if unknown:
         known = sorted({*_CONFIG_NAMES, "patch_size", "mlp_ratio", "num_register_tokens"})
         raise ValueError(f"`config` has unknown keys {sorted(unknown)}. Use a `VggtConfig` or the keys {known}.")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 import geode
 from geode.configuration.configuration_geode import SonataConfig, VggtConfig
-from geode.modeling_geode import hub_geode
+from geode.modeling_geode import hub_geode, vggt_conversion_geode
 from geode.modeling_geode.sonata_geode import SonataModel
 from geode.modeling_geode.vggt_geode import VggtModel, convert_vggt_checkpoint
 from geode.modeling_geode.vggt_processing_geode import VggtImageProcessor
@@ -285,6 +285,17 @@ def test_a_given_config_goes_before_that_of_the_folder(public_folder):
     # Without any sizes it is taken for VGGT-1B.
     with pytest.raises(ValueError, match=r"does not fit `config` in \d+ of 1403 tensors"):
         convert_vggt_checkpoint(public_folder)
+
+
+def test_switches_of_the_publishers_program_are_left_out_aloud(public_folder, model, monkeypatch):
+    """A published config may state what only the publisher's constructor knows; sizes that are wrong still show."""
+    messages = []
+    monkeypatch.setattr(vggt_conversion_geode.logger, "warning", messages.append)
+    (public_folder / "config.json").write_text(json.dumps(SIZES | {"enable_track": True, "enable_point": True}))
+    assert_same_weights(convert_vggt_checkpoint(public_folder), model)
+    assert messages == ["Of config.json, ['enable_point', 'enable_track'] say nothing to this model."]
+    with pytest.raises(ValueError, match=r"unknown keys \['enable_track'\]"):
+        convert_vggt_checkpoint(public_folder, SIZES | {"enable_track": True})
 
 
 def test_our_form_is_sent_to_from_pretrained(model, tmp_path):
