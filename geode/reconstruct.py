@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.data.plans import draw_geometry
+from geode.hub_cards.vggt_card import resolve_license
 from geode.modeling_geode.geometry_geode import invert_rigid
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.reconstruction_geode import reconstruct_with_vggt
@@ -25,6 +26,8 @@ from geode.modeling_geode.vggt_processing_geode import VggtImageProcessor, encod
 from geode.modeling_geode.video_processing_geode import load_video_frames
 from geode.vggt_export import find_origin
 
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_MODEL = "facebook/VGGT-1B"
 PICTURE, CLOUD, COLMAP_FOLDER = "scene.png", "points.ply", "colmap"
@@ -178,6 +181,9 @@ def load_reconstructor(model: str | os.PathLike, revision: str | None = None) ->
     logging.disable_progress_bar()
     origin = find_origin(model, revision)
     pinned = {} if origin.commit is None else {"revision": origin.commit}
+    license_id = resolve_license(origin.name, origin.commit, None)
+    if license_id is not None and "-nc" in license_id:
+        logger.warning(f"The weights of {origin.name} are under {license_id}: they are not for commercial use.")
     if origin.model_type is None:
         return convert_vggt_checkpoint(origin.model, **pinned)
     if origin.model_type != GeodeConfig.model_type:

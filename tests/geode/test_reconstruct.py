@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import geode
+from geode import reconstruct
 from geode.cli import main
 from geode.data import plans
 from geode.modeling_geode.geometry_geode import invert_rigid, project_points, transform_points
@@ -21,6 +22,7 @@ from geode.modeling_geode.vggt_geode import VggtImageProcessor
 from geode.modeling_geode.video_processing_geode import load_video_frames
 from geode.reconstruct import load_reconstructor, read_positions, show_progress
 from tests.modeling_geode.common_geode import tiny_vggt
+from tests.modeling_geode.common_hub import put_in_hub_cache
 
 
 VIDEO = geode.embedded_scene() / "room.mp4"
@@ -200,6 +202,22 @@ def test_load_reconstructor_takes_public_weights_and_geode_models(vggt_folder, t
         assert torch.equal(taken.state_dict()[name], tensor), name
     with pytest.raises(ValueError, match="must hold a reconstructor"):
         load_reconstructor(geode.tiny_checkpoint())
+
+
+def test_weights_that_are_not_for_commercial_use_say_so(tmp_path, monkeypatch):
+    """The public name, laid out as a download; the same folder on its own has no known terms."""
+    folder = tmp_path / "public"
+    folder.mkdir()
+    shutil.copy(FIXTURES / "model.safetensors", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(json.loads((FIXTURES / "config.json").read_text())["model"]))
+    put_in_hub_cache(folder, "facebook/VGGT-1B", tmp_path / "hf")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    messages = []
+    monkeypatch.setattr(reconstruct.logger, "warning", messages.append)
+    load_reconstructor(folder)
+    assert messages == []
+    load_reconstructor("facebook/VGGT-1B")
+    assert messages == ["The weights of facebook/VGGT-1B are under cc-by-nc-4.0: they are not for commercial use."]
 
 
 def test_picture_shows_the_walls_along_the_page(tmp_path, monkeypatch):
