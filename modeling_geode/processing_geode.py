@@ -37,6 +37,7 @@ from .chat_geode import (
     split_rendered,
     with_token_ids,
 )
+from .hub_geode import check_upload, save_code
 from .scene_geode import SceneGeometry, collate_scenes
 from .vggt_processing_geode import VggtImageProcessor
 from .video_processing_geode import GeodeImageProcessor, load_frame_sets, load_image, local_path
@@ -743,14 +744,9 @@ class GeodeProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save as [`ProcessorMixin.save_pretrained`] does, with the code that loads it where `geode` is absent."""
+        check_upload(self, kwargs.get("push_to_hub", False))
         saved = super().save_pretrained(save_directory, **kwargs)
-        # A processor loaded from a Hub folder carries its code already; transformers copies it.
-        if type(self).__module__.startswith("geode."):
-            try:
-                from .export_geode import export_code
-            except ImportError:
-                return saved
-            export_code(save_directory)
+        save_code(self, save_directory)
         return saved
 
 

@@ -355,6 +355,11 @@ def _checked_picture(frame: np.ndarray) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):
+        # Pillow would cut every value above 255 off.
+        raise ValueError(
+            f"An image must have 8 bits per channel, got one of mode {image.mode!r}. Scale its values to 0..255 first."
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)

@@ -412,3 +412,18 @@ def test_image_processor_is_saved_and_loaded(tmp_path):
     loaded = GeodeImageProcessor.from_pretrained(tmp_path)
     assert (loaded.size.height, loaded.size.width) == (24, 16)
     assert loaded.resample == Image.Resampling.BICUBIC
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
+def test_images_of_more_than_eight_bits_are_refused_wherever_they_come_from(tmp_path, mode, dtype):
+    """Pillow would turn everything above 255 into white."""
+    image = Image.fromarray(np.full((6, 9), 40_000).astype(dtype))
+    assert image.mode == mode
+    image.save(tmp_path / "frame.tiff")
+    for load in (
+        lambda: load_image(image),
+        lambda: load_image(tmp_path / "frame.tiff"),
+        lambda: load_video_frames(tmp_path, num_frames=1),
+    ):
+        with pytest.raises(ValueError, match=f"8 bits per channel, got one of mode '{mode}'"):
+            load()
