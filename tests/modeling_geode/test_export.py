@@ -338,3 +338,9 @@ def test_export_code_maps_encoders_saved_on_their_own(tmp_path, config_name, mod
         "AutoConfig": f"configuration_geode.{config_name}",
         "AutoModel": f"{module}.{class_name}",
     }
+
+
+def test_processor_refuses_an_upload_that_would_lack_its_code(tiny_processor, tmp_path):
+    with pytest.raises(ValueError, match="`push_to_hub` must be False"):
+        tiny_processor.save_pretrained(tmp_path / "folder", push_to_hub=True)
+    assert not (tmp_path / "folder").exists()

@@ -794,9 +794,3 @@ def test_decode_is_the_tokenizers(processor):
     ids = trusted_ids(processor, "How far?<|im_end|>")
     assert processor.decode(ids, skip_special_tokens=True) == "How far?"
     assert processor.batch_decode([ids, ids]) == ["How far?<|im_end|>"] * 2
-
-
-def test_processor_refuses_an_upload_that_would_lack_its_code(processor, tmp_path):
-    with pytest.raises(ValueError, match="`push_to_hub` must be False"):
-        processor.save_pretrained(tmp_path / "folder", push_to_hub=True)
-    assert not (tmp_path / "folder").exists()
