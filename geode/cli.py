@@ -20,15 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             Arguments without the program's name; `None` is those of the process.
 
     Returns:
-        `int`: The exit code: 0, or 2 after a mistake of the user.
+        `int`: The exit code: 0, 1 where a check has failed, or 2 after a mistake of the user.
     """
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (OSError, ValueError, ImportError) as error:
         print(f"geode: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,7 +125,41 @@ def build_parser() -> argparse.ArgumentParser:
         "--license", dest="license_id", metavar="ID", help="licence of VGGT weights, where their source tells none"
     )
     export.set_defaults(run=_run_export)
+
+    _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
     return parser
+
+
+def _add_data(data: argparse.ArgumentParser) -> None:
+    commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    rooms = commands.add_parser(
+        "rooms",
+        help="make furnished rooms of known truth: videos, geometry and questions",
+        description="Make furnished rooms of known truth, as a dataset for the Hub: videos, depth, cameras, boxes, questions with "
+        "rationales, and a benchmark in VSI-Bench's format. The same arguments write the same bytes; run it again to go on.",
+    )
+    rooms.add_argument("--out", metavar="DIR", required=True, help="where the dataset goes")
+    rooms.add_argument("--scenes", metavar="N", type=int, required=True, help="number of rooms")
+    rooms.add_argument("--seed", metavar="N", type=int, default=0, help="decides everything (default: 0)")
+    rooms.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each core)")
+    rooms.set_defaults(run=_run_rooms)
+
+    check = commands.add_parser(
+        "check",
+        help="look for scenes of a benchmark and for bad rows in a mixture",
+        description="Read a whole mixture. Fails (exit code 1) if it has a scene of the benchmark, media that do not exist, rows, "
+        "units or letters that are not understood, or numbers that no room has.",
+    )
+    check.add_argument(
+        "mixture", metavar="MIXTURE", help="a YAML file, or the name of one that is shipped, such as stage2"
+    )
+    check.add_argument("--data-root", metavar="DIR", default=".", help="folder of the datasets (default: here)")
+    check.add_argument("--benchmark", metavar="NAME_OR_PATH", help="vsi-bench, or files with a column `scene_name`")
+    check.add_argument(
+        "--skip-media", dest="checks_media", action="store_false", help="do not look for videos and images"
+    )
+    check.add_argument("--report", metavar="FILE", help="where the report goes (default: MIXTURE-check.json)")
+    check.set_defaults(run=_run_check)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -171,6 +204,39 @@ def _run_export(arguments: argparse.Namespace) -> None:
     export_model(
         arguments.directory, model=arguments.model, revision=arguments.revision, license_id=arguments.license_id
     )
+
+
+def _run_rooms(arguments: argparse.Namespace) -> None:
+    from geode.data.synthetic_rooms.dataset import build_dataset
+
+    summary = build_dataset(
+        arguments.out,
+        num_scenes=arguments.scenes,
+        seed=arguments.seed,
+        num_workers=arguments.workers,
+        show_progress=True,
+    )
+    for name, value in summary.items():
+        print(f"{name}: {value}")
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    from geode.data.checks import check_mixture
+    from geode.data.mixtures import Mixture
+
+    mixture = Mixture.from_yaml(arguments.mixture)
+    report = check_mixture(
+        mixture,
+        arguments.data_root,
+        benchmark=arguments.benchmark,
+        checks_media=arguments.checks_media,
+        show_progress=True,
+    )
+    path = arguments.report or f"{mixture.name}-check.json"
+    report.save(path)
+    print(report.table())
+    print(f"report: {path}")
+    return 0 if report.has_passed else 1
 
 
 if __name__ == "__main__":
