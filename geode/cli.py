@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from geode import __version__
+from geode.trainers.precompute_arguments import add_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,6 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_run_export)
 
+    precompute = commands.add_parser(
+        "precompute",
+        help="compute the features of frozen encoders once, for training",
+        description="Compute geometry, point tokens and, if wanted, vision features of videos once, for training that reads them. "
+        "Run it again to go on; `accelerate launch trainers/precompute.py` takes the same arguments for several processes.",
+    )
+    add_arguments(precompute)
+    precompute.set_defaults(run=_run_precompute)
+
     _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
     return parser
 
@@ -204,6 +214,12 @@ def _run_export(arguments: argparse.Namespace) -> None:
     export_model(
         arguments.directory, model=arguments.model, revision=arguments.revision, license_id=arguments.license_id
     )
+
+
+def _run_precompute(arguments: argparse.Namespace) -> None:
+    from geode.trainers.precompute import run
+
+    run(arguments)
 
 
 def _run_rooms(arguments: argparse.Namespace) -> None:

@@ -19,12 +19,16 @@ from transformers.generation import (
 MEDIA_INPUTS = (
     "pixel_values",
     "pixel_values_videos",
+    "video_features",
     "video_frame_mask",
     "scene_mask",
     "point_features",
     "point_coords",
     "point_grid_coords",
     "point_mask",
+    "point_tokens",
+    "point_token_positions",
+    "point_token_mask",
     "camera_poses",
     "camera_mask",
     "log_scale",
@@ -38,6 +42,7 @@ MEDIA_INPUTS = (
     "mm_encoder_outputs",
     "vision_feature_layer",
     "vision_feature_select_strategy",
+    "use_visual_tokens",
 )
 ASSISTED_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 

@@ -14,10 +14,22 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from geode.configuration.configuration_geode import GeodeConfig
 
+from .collation_geode import CLOUD_INPUTS, TOKEN_INPUTS, collate_scenes
+from .media_inputs_geode import (
+    PackedPoints,
+    check_counts,
+    check_form,
+    check_media,
+    clouds_to_pack,
+    join_clouds,
+    pack_tokens,
+    valid_frames,
+    valid_points,
+)
 from .rationale_geode import CAMERA_POSE_DIM, RationaleOutput
 from .reconstruction_geode import reconstruct_with_vggt
 from .scene_encoding_geode import SceneEncoding, digest_of
-from .scene_geode import SceneGeometry, collate_scenes
+from .scene_geode import SceneGeometry
 from .vggt_geode import VggtModel
 from .video_processing_geode import GeodeImageProcessor, load_image
 
@@ -137,19 +149,30 @@ class GeodeMediaMixin:
                 "`pixel_values_videos` must have shape (batch_size, num_scenes, num_frames, 3, height, width), "
                 f"got {tuple(pixel_values_videos.shape)}."
             )
-        shape = pixel_values_videos.shape[:3]
-        mask = torch.ones(shape, dtype=torch.bool, device=pixel_values_videos.device)
-        if video_frame_mask is not None:
-            mask = mask & video_frame_mask
-        if scene_mask is not None:
-            mask = mask & scene_mask[..., None]
+        mask = valid_frames(pixel_values_videos, video_frame_mask, scene_mask)
         outputs, patches = self._encode_frames(
             pixel_values_videos[mask], vision_feature_layer, vision_feature_select_strategy, **kwargs
         )
+        return self._with_scene_tokens(outputs, patches, mask)
+
+    def _stored_video_features(self, video_features, video_frame_mask, scene_mask) -> BaseModelOutputWithPooling:
+        """What `get_video_features` returns, from patch features that it returned before."""
+        grid, width = self.config.patch_grid, self.config.vision_config.hidden_size
+        expected = (grid[0] * grid[1], width)
+        if video_features.ndim != 5 or tuple(video_features.shape[3:]) != expected:
+            raise ValueError(
+                "`video_features` must have shape (batch_size, num_scenes, num_frames, num_patches, vision_hidden_size), "
+                f"the last two {expected} for this model, got {tuple(video_features.shape)}."
+            )
+        mask = valid_frames(video_features, video_frame_mask, scene_mask)
+        return self._with_scene_tokens(BaseModelOutputWithPooling(), video_features[mask].to(self.dtype), mask)
+
+    def _with_scene_tokens(self, outputs, patches: torch.Tensor, mask: torch.Tensor):
+        """Set the fields of `outputs` that the patch features of valid frames, `(num_frames, patches, width)`, make."""
         projected = self._project(patches).flatten(0, 1)
         frames_per_scene = mask.sum(dim=2).flatten()
         lengths = frames_per_scene[frames_per_scene > 0] * self.config.image_seq_length
-        padded = patches.new_zeros(*shape, *patches.shape[1:])
+        padded = patches.new_zeros(*mask.shape, *patches.shape[1:])
         padded[mask] = patches
         outputs.last_hidden_state = padded
         outputs.pooler_output = list(projected.split(lengths.tolist()))
@@ -171,14 +194,66 @@ class GeodeMediaMixin:
         shuffled = pixel_shuffle(patches.unflatten(1, (rows, columns)), round(1 / self.config.downsample_ratio))
         return self.multi_modal_projector(shuffled)
 
-    def get_rationale_features(
+    def get_point_tokens(
         self,
-        video_hidden_states: torch.Tensor,
         point_features: torch.Tensor,
         point_coords: torch.Tensor,
         point_grid_coords: torch.Tensor,
         *,
         point_mask: torch.Tensor | None = None,
+        scene_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Encode the point clouds of scenes, for later use in their place.
+
+        Args:
+            point_features (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 9)`):
+                As in [`~GeodeModel.get_rationale_features`], like the arguments that follow.
+            point_coords (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 3)`): Scene frame, metres.
+            point_grid_coords (`torch.LongTensor` of shape `(batch_size, num_scenes, num_points, 3)`): Voxel indices.
+            point_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_points)`, *optional*): Valid points.
+            scene_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Valid scenes.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `point_tokens` of shape `(batch_size, num_scenes, num_tokens, point_hidden_size)`,
+            `point_token_positions` `(..., num_tokens, 3)` and `point_token_mask` `(..., num_tokens)`.
+        """
+        if scene_mask is None:
+            scene_mask = torch.ones(point_features.shape[:2], dtype=torch.bool, device=point_features.device)
+        packed = self._encode_points(point_features, point_coords, point_grid_coords, point_mask, scene_mask)
+        lengths = packed.offset.diff(prepend=packed.offset.new_zeros(1))
+        index = torch.arange(int(lengths.max()), device=lengths.device)
+        mask = torch.zeros(*scene_mask.shape, len(index), dtype=torch.bool, device=lengths.device)
+        mask[scene_mask] = index < lengths[:, None]
+        tokens, positions = (part.new_zeros(*mask.shape, part.shape[-1]) for part in packed[:2])
+        tokens[mask], positions[mask] = packed.features, packed.positions
+        return {"point_tokens": tokens, "point_token_positions": positions, "point_token_mask": mask}
+
+    def _encode_points(self, point_features, point_coords, point_grid_coords, point_mask, scenes) -> PackedPoints:
+        """Run the point encoder on the valid points of valid scenes; a scene's result is the same in any batch."""
+        keep = valid_points({"point_features": point_features, "point_coords": point_coords}, point_mask, scenes)
+        sizes = keep.sum(dim=2)[scenes].tolist()
+        # Half precision resolves centimetres, not points.
+        cloud = (point_features[keep].float(), point_coords[keep].float(), point_grid_coords[keep])
+        groups, parts = clouds_to_pack(cloud[2], sizes, self.config.point_config), []
+        for group in groups:
+            rows = [torch.cat([tensor.split(sizes)[number] for number in group]) for tensor in cloud]
+            offset = torch.tensor([sizes[number] for number in group], device=rows[0].device).cumsum(dim=0)
+            points = self.point_encoder(feat=rows[0], coord=rows[1], grid_coord=rows[2], offset=offset)
+            parts.append(PackedPoints(points.last_hidden_state, points.coords[-1], points.offsets[-1]))
+        return join_clouds(parts, groups)
+
+    def get_rationale_features(
+        self,
+        video_hidden_states: torch.Tensor,
+        point_features: torch.Tensor | None = None,
+        point_coords: torch.Tensor | None = None,
+        point_grid_coords: torch.Tensor | None = None,
+        *,
+        point_mask: torch.Tensor | None = None,
+        point_tokens: torch.Tensor | None = None,
+        point_token_positions: torch.Tensor | None = None,
+        point_token_mask: torch.Tensor | None = None,
         camera_poses: torch.Tensor | None = None,
         camera_mask: torch.Tensor | None = None,
         log_scale: torch.Tensor | None = None,
@@ -195,11 +270,17 @@ class GeodeMediaMixin:
             video_hidden_states (`torch.Tensor`):
                 `last_hidden_state` of [`~GeodeModel.get_video_features`], of shape `(batch_size, num_scenes, num_frames,
                 num_patches, vision_hidden_size)`.
-            point_features (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 9)`):
-                Centred x y z in metres, r g b in [0, 1], unit normal.
-            point_coords (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 3)`): Scene frame, metres.
-            point_grid_coords (`torch.LongTensor` of shape `(batch_size, num_scenes, num_points, 3)`): Voxel indices.
+            point_features (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 9)`, *optional*):
+                Centred x y z in metres, r g b in [0, 1], unit normal. Given with the two that follow.
+            point_coords (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 3)`, *optional*): Scene frame,
+                metres.
+            point_grid_coords (`torch.LongTensor` of shape `(batch_size, num_scenes, num_points, 3)`, *optional*): Voxels.
             point_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_points)`, *optional*): Valid points.
+            point_tokens (`torch.Tensor` of shape `(batch_size, num_scenes, num_tokens, point_hidden_size)`, *optional*):
+                Instead of a cloud, what [`~GeodeModel.get_point_tokens`] made of it. Given with `point_token_positions`.
+            point_token_positions (`torch.Tensor` of shape `(batch_size, num_scenes, num_tokens, 3)`, *optional*):
+                Scene frame, metres.
+            point_token_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_tokens)`, *optional*): Valid tokens.
             camera_poses (`torch.Tensor` of shape `(batch_size, num_scenes, num_cameras, 11)`, *optional*):
                 See `encode_camera_poses`; without cameras a learned token stands for them.
             camera_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_cameras)`, *optional*): Valid ones.
@@ -213,21 +294,21 @@ class GeodeMediaMixin:
 
         Returns:
             [`RationaleOutput`] whose tensors have leading shape `(batch_size, num_scenes)`; zero without a scene.
+
+        Raises:
+            ValueError: If the geometry is given in both forms or in none, is not that of the scenes, or is not finite.
         """
         batch_size, num_scenes, num_frames = video_hidden_states.shape[:3]
         device = video_hidden_states.device
-        if tuple(point_features.shape[:2]) != (batch_size, num_scenes):
-            raise ValueError(
-                f"`point_features` must have leading shape {(batch_size, num_scenes)}, one cloud for each scene of "
-                f"`pixel_values_videos`, got {tuple(point_features.shape)}."
-            )
+        cloud = (point_features, point_coords, point_grid_coords)
+        tokens = (point_tokens, point_token_positions)
+        check_form(cloud, tokens, (batch_size, num_scenes))
 
         def or_default(tensor, *shape, value, dtype):
             return torch.full(shape, value, dtype=dtype, device=device) if tensor is None else tensor.to(device)
 
         scenes = or_default(scene_mask, batch_size, num_scenes, value=True, dtype=torch.bool)
         frame_mask = or_default(video_frame_mask, batch_size, num_scenes, num_frames, value=True, dtype=torch.bool)
-        point_mask = or_default(point_mask, *point_features.shape[:3], value=True, dtype=torch.bool)
         if camera_poses is None:
             camera_poses = torch.zeros(batch_size, num_scenes, 1, CAMERA_POSE_DIM, device=device)
             camera_mask = torch.zeros(batch_size, num_scenes, 1, dtype=torch.bool, device=device)
@@ -235,21 +316,11 @@ class GeodeMediaMixin:
         known = log_scale is not None
         log_scale = or_default(log_scale, batch_size, num_scenes, value=0.0, dtype=torch.float32)
         scale_known = or_default(scale_known, batch_size, num_scenes, value=known, dtype=torch.bool)
-        keep = scenes[..., None] & point_mask
-        _check_geometry(scenes, point_mask, frame_mask)
-        for name, tensor in (("point_features", point_features), ("point_coords", point_coords)):
-            if not tensor[keep].isfinite().all():
-                raise ValueError(
-                    f"`{name}` must be finite, got {int((~tensor[keep].isfinite()).sum())} values that are not, of "
-                    f"{tensor[keep].numel()}. Drop those points, or mask them with `point_mask`."
-                )
-        offset = keep.sum(dim=2)[scenes].cumsum(dim=0)
-        points = self.point_encoder(
-            feat=point_features[keep].float(),  # half precision resolves centimetres, not points
-            coord=point_coords[keep].float(),
-            grid_coord=point_grid_coords[keep],
-            offset=offset,
-        )
+        check_counts("frames", scenes, frame_mask)
+        if point_tokens is None:
+            points = self._encode_points(*cloud, point_mask, scenes)
+        else:
+            points = pack_tokens(*tokens, point_token_mask, scenes)
         question_embeds = question_mask = None
         if question_input_ids is not None and self.config.drm_config.question_conditioned:
             owner = scenes.nonzero()[:, 0]
@@ -260,9 +331,9 @@ class GeodeMediaMixin:
         packed = self.drm(
             visual_features=video_hidden_states[scenes],
             frame_mask=frame_mask[scenes],
-            point_features=points.last_hidden_state,
-            point_positions=points.coords[-1],
-            point_offset=points.offsets[-1],
+            point_features=points.features,
+            point_positions=points.positions,
+            point_offset=points.offset,
             camera_poses=camera_poses[scenes],
             camera_mask=camera_mask[scenes],
             log_scale=log_scale[scenes],
@@ -363,7 +434,7 @@ class GeodeMediaMixin:
             geometry ([`SceneGeometry`], *optional*):
                 With `frames`, measured geometry instead of the reconstructor's.
             **inputs (`torch.Tensor`):
-                What `GeodeProcessor.prepare_scene` returns.
+                What `GeodeProcessor.prepare_scene` returns, or stored features of one scene.
 
         Returns:
             [`SceneEncoding`]: On the model's device. Its `to_model_inputs()` goes to `generate`, and a chat names it in a part
@@ -408,7 +479,7 @@ class GeodeMediaMixin:
                     images, self._required_reconstructor(), max_points=self.config.max_points
                 )
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        lead = tuple(inputs["pixel_values_videos"].shape[:2])
+        lead = tuple(inputs["pixel_values_videos" if "pixel_values_videos" in inputs else "video_features"].shape[:2])
         if lead != (1, 1):
             raise ValueError(f"`encode_scene` takes one scene, got {lead[0]} samples of {lead[1]} scenes.")
         names = ("geometry_frames", "geometry_frame_mask", "geometry_content_boxes")
@@ -571,12 +642,14 @@ class GeodeMediaMixin:
         *,
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
         video_frame_mask: torch.Tensor | None = None,
         scene_mask: torch.Tensor | None = None,
         rationale_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
+        use_visual_tokens: bool = True,
         **geometry: torch.Tensor,
     ) -> dict[str, torch.Tensor | None]:
         """
@@ -586,6 +659,9 @@ class GeodeMediaMixin:
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): Normalised images.
             pixel_values_videos (`torch.Tensor`, *optional*):
                 Frames of scenes, of shape `(batch_size, num_scenes, num_frames, 3, height, width)`.
+            video_features (`torch.Tensor`, *optional*):
+                Instead of them, `last_hidden_state` of [`~GeodeModel.get_video_features`], of shape `(batch_size,
+                num_scenes, num_frames, num_patches, vision_hidden_size)`. The projector still runs.
             video_frame_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_frames)`, *optional*): Valid ones.
             scene_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Valid scenes.
             rationale_features (`torch.Tensor`, *optional*): Rationale tokens computed before, instead of geometry.
@@ -593,6 +669,8 @@ class GeodeMediaMixin:
                 Outputs of `get_image_features` and `get_video_features` computed before, under `"image"` and `"video"`.
             vision_feature_layer (`int`, *optional*): Layer of the vision tower that is read; default of the config.
             vision_feature_select_strategy (`str`, *optional*): `"default"` drops the class token, `"full"` keeps it.
+            use_visual_tokens (`bool`, defaults to `True`): False where the prompt has no placeholders for the frames of its
+                scenes, which then only the rationale module sees.
             **geometry (`torch.Tensor`):
                 Arguments of [`~GeodeModel.get_rationale_features`] or of [`~GeodeModel.reconstruct`].
 
@@ -601,7 +679,9 @@ class GeodeMediaMixin:
             `rationale_features` of shape `(batch_size, num_scenes, num_rationale_tokens, hidden_size)`.
         """
         given = dict(mm_encoder_outputs or {})
-        for name, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
+        check_media(pixel_values_videos, video_features, vision_feature_layer, vision_feature_select_strategy)
+        video_pixels = pixel_values_videos if video_features is None else video_features
+        for name, pixels in (("image", pixel_values), ("video", video_pixels)):
             if pixels is not None and given.get(name) is not None:
                 raise ValueError(
                     f"You cannot specify both pixels of shape {tuple(pixels.shape)} and "
@@ -617,6 +697,8 @@ class GeodeMediaMixin:
             image = self.get_image_features(pixel_values, **select)
         if pixel_values_videos is not None:
             video = self.get_video_features(pixel_values_videos, video_frame_mask, scene_mask, **select)
+        elif video_features is not None:
+            video = self._stored_video_features(video_features, video_frame_mask, scene_mask)
         geometry = {name: tensor for name, tensor in geometry.items() if tensor is not None}
         frames, frame_mask, boxes = (
             geometry.pop(name, None) for name in ("geometry_frames", "geometry_frame_mask", "geometry_content_boxes")
@@ -624,18 +706,23 @@ class GeodeMediaMixin:
         if frames is not None and rationale_features is None:
             geometry |= self.reconstruct(frames, frame_mask, scene_mask, boxes)
         fused_features = None
-        if "point_features" in geometry and rationale_features is None:
+        if geometry.keys() & {*CLOUD_INPUTS, *TOKEN_INPUTS} and rationale_features is None:
             if video is None:
                 raise ValueError(
-                    "Geometry needs the frames that query it: give `pixel_values_videos` of the same scenes."
+                    "Geometry needs the frames that query it: give `pixel_values_videos` or `video_features` of the same "
+                    "scenes."
                 )
             rationale = self.get_rationale_features(
                 video.last_hidden_state, video_frame_mask=video_frame_mask, scene_mask=scene_mask, **geometry
             )
             rationale_features, fused_features = rationale.rationale_features, rationale.fused_features
+        scene_features = self._inject(video, fused_features, video_frame_mask, scene_mask)
+        if not use_visual_tokens and scene_features is not None:
+            # None of them, rather than no tensor: a placeholder that is there after all is an error.
+            scene_features = scene_features[:0]
         return {
             "image_features": None if image is None else image.pooler_output.flatten(0, 1),
-            "scene_features": self._inject(video, fused_features, video_frame_mask, scene_mask),
+            "scene_features": scene_features,
             "rationale_features": rationale_features,
         }
 
@@ -667,28 +754,21 @@ def _scatter(inputs_embeds: torch.Tensor, positions: torch.Tensor, features: tor
 
 def _summary(inputs: dict[str, torch.Tensor]) -> dict:
     """Facts about a scene whose geometry came as tensors, as far as they hold them; empty without geometry."""
-    if "point_coords" not in inputs:
+    if "point_token_positions" in inputs:
+        facts = {}  # means of many points say neither how many there were nor how far they reached
+    elif "point_coords" in inputs:
+        points = inputs["point_coords"][0, 0]
+        if "point_mask" in inputs:
+            points = points[inputs["point_mask"][0, 0]]
+        extent = points.max(dim=0).values - points.min(dim=0).values
+        facts = {"num_points": len(points), "extent": extent.tolist()}
+    else:
         return {}
-    points = inputs["point_coords"][0, 0]
-    if "point_mask" in inputs:
-        points = points[inputs["point_mask"][0, 0]]
-    extent = points.max(dim=0).values - points.min(dim=0).values
-    facts = {"num_points": len(points), "extent": extent.tolist()}
     if "camera_mask" in inputs:
         facts["num_cameras"] = int(inputs["camera_mask"].sum())
     if "scale_known" in inputs:
         facts["is_metric"] = bool(inputs["scale_known"].all())
     return facts
-
-
-def _check_geometry(scenes: torch.Tensor, point_mask: torch.Tensor, frame_mask: torch.Tensor) -> None:
-    for name, counts in (("points", point_mask.sum(dim=2)), ("frames", frame_mask.sum(dim=2))):
-        empty = (scenes & (counts == 0)).nonzero().tolist()
-        if empty:
-            raise ValueError(
-                f"Every scene needs {name}; sample {empty[0][0]}, scene {empty[0][1]} has none. "
-                "Give its geometry, or build the inputs with `use_geometry=False`."
-            )
 
 
 __all__ = ["GeodeMediaMixin", "GeodeMultiModalProjector", "pixel_shuffle"]

@@ -233,7 +233,8 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 is padding.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 is padding. Or a
+                boolean one of shape `(batch_size, 1, sequence_length, sequence_length)`: True where a query sees a key.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
             past_key_values (`Cache`, *optional*): Keys and values of an earlier part of the sequence.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
@@ -265,7 +266,7 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         if feedback_embeds is not None:
             inputs_embeds = inputs_embeds + feedback_embeds.to(inputs_embeds)
         outputs = self.language_model(
-            attention_mask=attention_mask,
+            attention_mask=prepared_mask(attention_mask, self.language_model.config, dtype=inputs_embeds.dtype),
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -311,6 +312,10 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         """See [`GeodeModel.get_rationale_features`]."""
         return self.model.get_rationale_features(video_hidden_states, **kwargs)
 
+    def get_point_tokens(self, point_features: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
+        """See [`GeodeModel.get_point_tokens`]."""
+        return self.model.get_point_tokens(point_features, **kwargs)
+
     def encode_scene(self, frames=None, *, geometry=None, **inputs: torch.Tensor) -> SceneEncoding:
         """See [`GeodeModel.encode_scene`]."""
         return self.model.encode_scene(frames, geometry=geometry, **inputs)
@@ -328,6 +333,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         regression_targets: torch.Tensor | None = None,
         num_regression_targets: torch.Tensor | int | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
         video_frame_mask: torch.Tensor | None = None,
         scene_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
@@ -335,6 +341,9 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         point_coords: torch.Tensor | None = None,
         point_grid_coords: torch.LongTensor | None = None,
         point_mask: torch.Tensor | None = None,
+        point_tokens: torch.Tensor | None = None,
+        point_token_positions: torch.Tensor | None = None,
+        point_token_mask: torch.Tensor | None = None,
         camera_poses: torch.Tensor | None = None,
         camera_mask: torch.Tensor | None = None,
         log_scale: torch.Tensor | None = None,
@@ -347,6 +356,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         rationale_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         media_embeds: torch.Tensor | None = None,
+        use_visual_tokens: bool = True,
         feedback_values: torch.Tensor | None = None,
         feedback_embeds: torch.Tensor | None = None,
         return_regression_values: bool = True,
@@ -360,7 +370,8 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Tokens.
             pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*):
                 Images without geometry, of all samples in order.
-            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 is padding.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 is padding. Or a
+                boolean one of shape `(batch_size, 1, sequence_length, sequence_length)`: True where a query sees a key.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Positions.
             past_key_values (`Cache`, *optional*): Keys and values of an earlier part of the sequence.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
@@ -373,15 +384,25 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
             pixel_values_videos (`torch.Tensor`, *optional*):
                 Frames of scenes, which are videos and images that carry geometry, of shape `(batch_size, num_scenes,
                 num_frames, 3, height, width)`.
+            video_features (`torch.Tensor`, *optional*):
+                Instead of `pixel_values_videos`, what the vision tower made of them: patch features before the projector,
+                of shape `(batch_size, num_scenes, num_frames, num_patches, vision_hidden_size)`.
             video_frame_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_frames)`, *optional*): Valid ones.
             scene_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Valid scenes.
             mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 at placeholders of images, 2 at those of scenes.
             point_features (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 9)`, *optional*):
-                Geometry, with the seven arguments that follow; see [`~GeodeModel.get_rationale_features`].
+                Geometry, with the three arguments that follow and the four of cameras and scale; see
+                [`~GeodeModel.get_rationale_features`].
             point_coords (`torch.Tensor` of shape `(batch_size, num_scenes, num_points, 3)`, *optional*): Scene frame.
             point_grid_coords (`torch.LongTensor` of shape `(batch_size, num_scenes, num_points, 3)`, *optional*): Voxels.
             point_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_points)`, *optional*): Valid points.
+            point_tokens (`torch.Tensor` of shape `(batch_size, num_scenes, num_tokens, point_hidden_size)`, *optional*):
+                Instead of these four, what the point encoder made of them: its coarsest stage, as
+                [`~GeodeModel.get_point_tokens`] returns it.
+            point_token_positions (`torch.Tensor` of shape `(batch_size, num_scenes, num_tokens, 3)`, *optional*):
+                Where they are, scene frame, metres.
+            point_token_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_tokens)`, *optional*): Valid tokens.
             camera_poses (`torch.Tensor` of shape `(batch_size, num_scenes, num_cameras, 11)`, *optional*): Cameras.
             camera_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes, num_cameras)`, *optional*): Valid ones.
             log_scale (`torch.Tensor` of shape `(batch_size, num_scenes)`, *optional*): Log of metres per unit.
@@ -401,6 +422,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
             mm_encoder_outputs (`dict`, *optional*): See [`~GeodeModel.encode_media`].
             media_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings for the placeholders, as `generate` prepares them.
+            use_visual_tokens (`bool`, defaults to `True`): See [`~GeodeModel.encode_media`].
             feedback_values (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`, *optional*): Values whose
                 embeddings are fed back (`drh_config.value_feedback`); default in training: `regression_targets`.
             feedback_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
@@ -426,6 +448,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values_videos=pixel_values_videos,
+            video_features=video_features,
             video_frame_mask=video_frame_mask,
             scene_mask=scene_mask,
             mm_token_type_ids=mm_token_type_ids,
@@ -433,6 +456,9 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
             point_coords=point_coords,
             point_grid_coords=point_grid_coords,
             point_mask=point_mask,
+            point_tokens=point_tokens,
+            point_token_positions=point_token_positions,
+            point_token_mask=point_token_mask,
             camera_poses=camera_poses,
             camera_mask=camera_mask,
             log_scale=log_scale,
@@ -445,6 +471,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
             rationale_features=rationale_features,
             mm_encoder_outputs=mm_encoder_outputs,
             media_embeds=media_embeds,
+            use_visual_tokens=use_visual_tokens,
             feedback_embeds=feedback_embeds,
             **kwargs,
         )
@@ -500,6 +527,41 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         if num_regression_targets is not None or num_items_in_batch is None or labels is None:
             return loss
         return loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+
+
+def prepared_mask(attention_mask, config, *, dtype: torch.dtype):
+    """
+    Bring a boolean mask of shape `(batch_size, 1, query_length, key_length)` into the form that the attention takes.
+
+    The library hands masks of four dimensions on as they are, and eager attention would add booleans to its scores.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): True where a query sees a key; any other mask is returned unchanged.
+        config (`PreTrainedConfig`): The language model's.
+        dtype (`torch.dtype`): Of the embeddings.
+
+    Returns:
+        `torch.Tensor`, *optional*: The mask.
+
+    Raises:
+        ValueError: If the attention takes no such mask, or a layer would look past it.
+    """
+    is_tensor = isinstance(attention_mask, torch.Tensor)
+    if not is_tensor or attention_mask.ndim != 4 or attention_mask.dtype != torch.bool:
+        return attention_mask
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others or config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            "A boolean `attention_mask` of four dimensions, as packed questions have, needs full attention by 'sdpa' or "
+            f"'eager' in every layer, got {config._attn_implementation!r} and layers of {sorted(others or ['full_attention'])}. "
+            "Load the model with `attn_implementation='sdpa'`, or train without packs."
+        )
+    if config._attn_implementation == "sdpa":
+        return attention_mask
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
+        ~attention_mask, lowest
+    )
 
 
 __all__ = ["GeodeForConditionalGeneration", "GeodeModel", "GeodePreTrainedModel"]

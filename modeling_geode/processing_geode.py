@@ -530,7 +530,7 @@ class GeodeProcessor(ProcessorMixin):
         else:
             text = "\n".join(f"Frame{index}: {picture}" for index in range(1, medium.num_frames + 1))
         if medium.num_rationale_tokens:
-            text += "\n" + RATIONALE_TOKEN * medium.num_rationale_tokens
+            text += "\n" * bool(text) + RATIONALE_TOKEN * medium.num_rationale_tokens
         return text
 
     def _encode(self, text: str) -> list[int]:

@@ -25,6 +25,7 @@ from .alignment_geode import (
     scale_from_length,
     scale_from_positions,
 )
+from .collation_geode import collate_scenes
 from .geometry_geode import (
     encode_camera_poses,
     estimate_normals,
@@ -718,56 +719,6 @@ class SceneGeometry:
         # JSON has lists for tuples.
         fields["image_size"] = tuple(fields["image_size"]) if fields["image_size"] else None
         return cls(**tensors, **fields)
-
-
-def collate_scenes(samples: list[list[dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """
-    Pad the scenes of a batch to common sizes.
-
-    Args:
-        samples (`list[list[dict]]`):
-            For each sample the outputs of [`SceneGeometry.to_model_inputs`] of its scenes, possibly none.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `scene_mask` `(batch_size, num_scenes)`; `point_features`
-        `(batch_size, num_scenes, num_points, 9)`, `point_coords` and `point_grid_coords` `(..., num_points, 3)` with
-        `point_mask` `(..., num_points)`; `camera_poses` `(..., num_cameras, 11)` with `camera_mask`
-        `(..., num_cameras)`; `log_scale` and `scale_known` `(batch_size, num_scenes)`. Padding is 0 and False. There
-        is room for at least one camera, even if no scene has any.
-
-    Raises:
-        ValueError: If no sample has a scene.
-    """
-    num_scenes = max((len(scenes) for scenes in samples), default=0)
-    if num_scenes == 0:
-        raise ValueError(
-            f"At least one of the {len(samples)} samples must have a scene. Leave geometry out otherwise."
-        )
-    every = [scene for scenes in samples for scene in scenes]
-    num_points = max(len(scene["point_coords"]) for scene in every)
-    num_cameras = max(1, *(len(scene["camera_poses"]) for scene in every))
-    lead = (len(samples), num_scenes)
-    batch = {
-        "scene_mask": torch.zeros(lead, dtype=torch.bool),
-        "point_features": torch.zeros(*lead, num_points, every[0]["point_features"].shape[-1]),
-        "point_coords": torch.zeros(*lead, num_points, 3),
-        "point_grid_coords": torch.zeros(*lead, num_points, 3, dtype=torch.long),
-        "point_mask": torch.zeros(*lead, num_points, dtype=torch.bool),
-        "camera_poses": torch.zeros(*lead, num_cameras, 11),
-        "camera_mask": torch.zeros(*lead, num_cameras, dtype=torch.bool),
-        "log_scale": torch.zeros(lead),
-        "scale_known": torch.zeros(lead, dtype=torch.bool),
-    }
-    for row, scenes in enumerate(samples):
-        for column, scene in enumerate(scenes):
-            batch["scene_mask"][row, column] = True
-            batch["point_mask"][row, column, : len(scene["point_coords"])] = True
-            batch["camera_mask"][row, column, : len(scene["camera_poses"])] = True
-            for name in ("point_features", "point_coords", "point_grid_coords", "camera_poses"):
-                batch[name][row, column, : len(scene[name])] = scene[name]
-            for name in ("log_scale", "scale_known"):
-                batch[name][row, column] = scene[name]
-    return batch
 
 
 def _place_on_floor(

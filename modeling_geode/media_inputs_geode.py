@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the media that a batch brings, and where in its padded tensors they are."""
+
+from typing import NamedTuple
+
+import torch
+
+from geode.configuration.configuration_geode import SonataConfig
+
+from .collation_geode import CLOUD_INPUTS, TOKEN_INPUTS
+from .serialization_geode import serialization_depth
+
+
+class PackedPoints(NamedTuple):
+    """The point encoder's coarsest stage, clouds one after another: features, positions, and where each cloud ends."""
+
+    features: torch.Tensor
+    positions: torch.Tensor
+    offset: torch.Tensor
+
+
+def clouds_to_pack(grid_coords: torch.Tensor, sizes: list[int], config: SonataConfig) -> list[list[int]]:
+    """
+    Which clouds the point encoder may encode in one call, so that none depends on the others.
+
+    Clouds of a call share the depth of their codes, and with it the path of their curves. A cloud beside one of more bits
+    would fall into other windows than alone, and its features would change with the batch. With `window_rule="batch"` the
+    smallest cloud decides the windows of all, so each is encoded alone.
+
+    Args:
+        grid_coords (`torch.Tensor` of shape `(num_points, 3)`): Voxel indices, clouds one after another.
+        sizes (`list[int]`): Points of each cloud.
+        config ([`SonataConfig`]): Of the point encoder.
+
+    Returns:
+        `list[list[int]]`: Groups of clouds, each in order.
+    """
+    groups: dict[tuple, list[int]] = {}
+    largest = torch.stack([cloud.max() for cloud in grid_coords.split(sizes)]).tolist()
+    for number, max_index in enumerate(largest):
+        depths = [serialization_depth(max_index)]
+        for stride in config.stride:
+            max_index //= stride
+            depths.append(serialization_depth(max_index))
+        key = (number,) if config.window_rule == "batch" else tuple(depths)
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def join_clouds(parts: list[PackedPoints], groups: list[list[int]]) -> PackedPoints:
+    """Put clouds that were encoded in groups back in order."""
+    if len(parts) == 1:
+        return parts[0]
+    clouds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for part, group in zip(parts, groups, strict=True):
+        lengths = part.offset.diff(prepend=part.offset.new_zeros(1)).tolist()
+        pairs = zip(part.features.split(lengths), part.positions.split(lengths), strict=True)
+        clouds |= dict(zip(group, pairs, strict=True))
+    features, positions = zip(*(clouds[number] for number in sorted(clouds)), strict=True)
+    sizes = torch.tensor([len(rows) for rows in positions], device=parts[0].offset.device)
+    return PackedPoints(torch.cat(features), torch.cat(positions), sizes.cumsum(dim=0))
+
+
+def pack_tokens(point_tokens, point_token_positions, point_token_mask, scenes) -> PackedPoints:
+    """What the point encoder made before, without its padding."""
+    tokens = dict(zip(TOKEN_INPUTS, (point_tokens, point_token_positions), strict=True))
+    keep = valid_points(tokens, point_token_mask, scenes)
+    return PackedPoints(point_tokens[keep], point_token_positions[keep], keep.sum(dim=2)[scenes].cumsum(dim=0))
+
+
+def check_counts(name: str, scenes: torch.Tensor, mask: torch.Tensor) -> None:
+    """Raise unless every scene has frames, or points."""
+    empty = (scenes & (mask.sum(dim=2) == 0)).nonzero().tolist()
+    if empty:
+        raise ValueError(
+            f"Every scene needs {name}; sample {empty[0][0]}, scene {empty[0][1]} has none. "
+            "Give its geometry, or build the inputs with `use_geometry=False`."
+        )
+
+
+def check_form(cloud: tuple, tokens: tuple, lead: tuple[int, int]) -> None:
+    """Raise unless the geometry of scenes is complete in one of its two forms, and is that of as many scenes."""
+    forms = (dict(zip(CLOUD_INPUTS, cloud, strict=True)), dict(zip(TOKEN_INPUTS, tokens, strict=True)))
+    given = [name for form in forms for name, tensor in form.items() if tensor is not None]
+    if given not in [list(form) for form in forms]:
+        raise ValueError(
+            f"The geometry of scenes must be {list(forms[0])}, or {list(forms[1])} in their place, got {given}. "
+            "Give all of one form and none of the other."
+        )
+    form = forms[0] if given[0] in forms[0] else forms[1]
+    for name, tensor in form.items():
+        if tuple(tensor.shape[:2]) != lead:
+            raise ValueError(
+                f"`{name}` must have leading shape {lead}, one cloud for each scene of the frames in "
+                f"`pixel_values_videos` or `video_features`, got {tuple(tensor.shape)}."
+            )
+
+
+def check_media(pixel_values_videos, video_features, vision_feature_layer, vision_feature_select_strategy) -> None:
+    """Raise if frames are given in both of their forms, or features with a choice that they cannot follow."""
+    if video_features is None:
+        return
+    if pixel_values_videos is not None:
+        raise ValueError(
+            "`video_features` stand in place of `pixel_values_videos`, got both, of shapes "
+            f"{tuple(video_features.shape)} and {tuple(pixel_values_videos.shape)}. Give one of them."
+        )
+    chosen = (vision_feature_layer, vision_feature_select_strategy)
+    if chosen != (None, None):
+        raise ValueError(
+            "`video_features` are of the layer and strategy that made them, so `vision_feature_layer` and "
+            f"`vision_feature_select_strategy` cannot be chosen, got {chosen}. Leave them out."
+        )
+
+
+def valid_frames(frames: torch.Tensor, video_frame_mask, scene_mask) -> torch.Tensor:
+    """Where there are frames, `(batch_size, num_scenes, num_frames)`."""
+    mask = torch.ones(frames.shape[:3], dtype=torch.bool, device=frames.device)
+    if video_frame_mask is not None:
+        mask = mask & video_frame_mask
+    if scene_mask is not None:
+        mask = mask & scene_mask[..., None]
+    return mask
+
+
+def valid_points(tensors: dict[str, torch.Tensor], mask: torch.Tensor | None, scenes: torch.Tensor) -> torch.Tensor:
+    """Where there are points, `(batch_size, num_scenes, num_points)`, once every scene has some and all are finite."""
+    first = next(iter(tensors.values()))
+    if mask is None:
+        mask = torch.ones(first.shape[:3], dtype=torch.bool, device=first.device)
+    mask = mask.to(first.device)
+    check_counts("points", scenes, mask)
+    keep = scenes[..., None] & mask
+    for name, tensor in tensors.items():
+        if not tensor[keep].isfinite().all():
+            raise ValueError(
+                f"`{name}` must be finite, got {int((~tensor[keep].isfinite()).sum())} values that are not, of "
+                f"{tensor[keep].numel()}. Drop those points, or mask them."
+            )
+    return keep
+
+
+__all__ = [
+    "PackedPoints",
+    "check_counts",
+    "check_form",
+    "check_media",
+    "clouds_to_pack",
+    "join_clouds",
+    "pack_tokens",
+    "valid_frames",
+    "valid_points",
+]
