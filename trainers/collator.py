@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From records to the inputs of the model, with labels, regression targets and masks: the collator of every stage."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from geode.data.feature_store import FeatureStore
+from geode.data.messages import messages_from_record
+from geode.data.schemas import Record
+from geode.modeling_geode.processing_geode import GeodeProcessor
+from geode.trainers.packing import IGNORED_LABEL, TokenRow, pack_questions, pad_rows, scene_key
+from geode.trainers.scene_media import SceneLoader, SceneMedia, ScenePlace, collate_media
+
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("answer", "rationale")
+OVERLONG = ("error", "drop")
+_MEDIA_TYPES = ("video", "image", "scene")
+Example = Record | dict | Sequence[Record | dict]
+
+
+@dataclass(kw_only=True)
+class GeodeDataCollator:
+    """
+    Makes batches for [`GeodeForConditionalGeneration`] from records, for plain `transformers.Trainer` as well.
+
+    An example is a record, the dict of one, or a list of them about one scene, which become one row with one shared
+    prefix: see [`ScenePacks`] and `geode.trainers.packing`. Every assistant turn is learned, its end token included;
+    everything else has the label -100. Tokens after the last learned one teach nothing and are left out.
+
+    > Parameters of the media
+
+    Args:
+        processor ([`GeodeProcessor`]):
+            Makes tokens and tensors.
+        media_root (path, or `dict[str, path]`, *optional*):
+            Folder that the paths of records are relative to; with a dict, the folder of each `source`.
+        geometry (`str` or `Callable`, *optional*):
+            Where the geometry of records without one is, such as `"geometry/{stem}"`: see [`SceneLoader`].
+        use_geometry (`bool`, defaults to `True`):
+            False leaves geometry and `<spatio>` tokens out, even where geometry is given.
+        feature_store ([`FeatureStore`] or `dict[str, FeatureStore]`, *optional*):
+            Features of videos computed before, instead of clouds and frames: see [`SceneLoader`]. Its
+            [`~FeatureStore.check`] compares it with the model.
+        num_cached_scenes (`int`, defaults to 2):
+            Scenes that are kept from batch to batch. Within a batch each is loaded once.
+
+    > Parameters of the targets
+
+    Args:
+        target (`str`, defaults to `"answer"`):
+            What is learned: `"answer"`, or `"rationale"` for stage 1 of the paper.
+        keep_visual_tokens (`bool`, defaults to `False`):
+            With `target="rationale"`, also show the language model the frames. Otherwise they reach it only through the
+            `<spatio>` tokens.
+        with_values (`bool`, defaults to `True`):
+            Numbers and boxes are control tokens with regression targets. False writes them as text: the baseline of
+            digits.
+        regress_suspect (`bool`, defaults to `False`):
+            Also regress values whose published label is known to be wrong. Otherwise their control token is learned as text
+            and its value is not.
+        num_rationale_tokens (`int`, *optional*):
+            `<spatio>` tokens per scene, if fewer than the processor's. It may be set anew from batch to batch.
+
+    > Parameters of the rows
+
+    Args:
+        max_length (`int`, *optional*):
+            Largest number of tokens of a question with its scene; a pack, which holds the scene once, is longer. What is cut
+            is the end of the answer. Placeholders, prompt, control tokens and the token after each of these, which receives
+            the value's embedding, are never cut.
+        overlong (`str`, defaults to `"error"`):
+            What becomes of a record that cannot be cut to `max_length`: `"error"`, or `"drop"`, counted in `num_dropped` and
+            in the log.
+        padding_side (`str`, defaults to `"right"`):
+            `"left"` or `"right"`.
+        pad_to_multiple_of (`int`, *optional*):
+            Rows are padded to a multiple of it.
+
+    Example:
+        ```python
+        collator = GeodeDataCollator(processor=processor, media_root="data", geometry="geometry/{stem}")
+        packs = ScenePacks(records, questions_per_pack=8)
+        args = TrainingArguments("out", remove_unused_columns=False)
+        Trainer(model=model, args=args, train_dataset=packs, data_collator=collator).train()
+        ```
+    """
+
+    processor: GeodeProcessor
+    media_root: str | os.PathLike | Mapping[str, str | os.PathLike] | None = None
+    geometry: str | Callable[[Record], object] | None = None
+    use_geometry: bool = True
+    feature_store: FeatureStore | Mapping[str, FeatureStore] | None = None
+    num_cached_scenes: int = 2
+    target: str = "answer"
+    keep_visual_tokens: bool = False
+    with_values: bool = True
+    regress_suspect: bool = False
+    num_rationale_tokens: int | None = None
+    max_length: int | None = None
+    overlong: str = "error"
+    padding_side: str = "right"
+    pad_to_multiple_of: int | None = None
+    num_dropped: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        for name, allowed in (("target", TARGETS), ("overlong", OVERLONG), ("padding_side", ("left", "right"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("max_length", "pad_to_multiple_of", "num_rationale_tokens"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1 or None, got {value!r}.")
+        if self.target == "rationale" and not self.use_geometry:
+            raise ValueError(
+                "`target='rationale'` trains the rationale module, which needs geometry: got `use_geometry=False`."
+            )
+        self._loader = SceneLoader(
+            self.processor,
+            media_root=self.media_root,
+            geometry=self.geometry,
+            use_geometry=self.use_geometry,
+            feature_store=self.feature_store,
+            num_cached_scenes=self.num_cached_scenes,
+        )
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """
+        Make a batch.
+
+        Args:
+            examples (`Sequence`): Records, dicts of records, or lists of them about one scene.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Arguments of the model. With packs, `attention_mask` is boolean, of shape
+            `(batch_size, 1, sequence_length, sequence_length)`.
+
+        Raises:
+            FileNotFoundError: If a medium or geometry is missing.
+            ValueError: If a record lacks what its target needs, or is longer than `max_length`.
+        """
+        rows, media, questions = [], [], []
+        loaded: dict[tuple, SceneMedia] = {}
+        for example in examples:
+            records = [_as_record(entry) for entry in (example if isinstance(example, list | tuple) else [example])]
+            self._check_pack(records)
+            key = scene_key(records[0])
+            medium = loaded[key] = loaded.get(key) or self._loader.load(records[0])
+            found = [self._row(record, medium) for record in records]
+            kept = [entry for entry in found if entry is not None]
+            if not kept:
+                continue
+            pack = [row for row, _ in kept]
+            rows.append(pack[0] if len(pack) == 1 else self._packed(pack))
+            media.append(medium)
+            questions += [question for _, question in kept[:1] if question is not None]
+        if not rows:
+            raise ValueError(
+                f"Every record of the batch was longer than `max_length`={self.max_length}, so nothing is left of "
+                f"{len(examples)} examples. Raise it, show fewer frames, or leave such records out of the dataset."
+            )
+        batch = pad_rows(
+            rows,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            padding_side=self.padding_side,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        return {**batch, **self._padded_questions(questions), **collate_media(media), **self._switches()}
+
+    def _switches(self) -> dict[str, bool]:
+        return {"use_visual_tokens": False} if self._hides_frames else {}
+
+    @property
+    def _hides_frames(self) -> bool:
+        return self.target == "rationale" and not self.keep_visual_tokens
+
+    def _check_pack(self, records: list[Record]) -> None:
+        if not records:
+            raise ValueError("A pack must hold at least one record, got an empty list.")
+        keys = {scene_key(record) for record in records}
+        if len(keys) > 1:
+            raise ValueError(
+                "The records of a pack must be about one scene, with the same source, medium, geometry and number of frames; "
+                f"got {sorted(map(str, keys))}. Make packs with `ScenePacks`."
+            )
+        if len(records) > 1 and self.processor.question_conditioned:
+            raise ValueError(
+                f"A rationale module that reads the question has other tokens for each one, so {len(records)} questions "
+                "cannot share them. Give single records, or set `drm_config.question_conditioned=False`."
+            )
+
+    # ---- one record ----
+
+    def _row(self, record: Record, medium: SceneMedia) -> tuple[TokenRow, torch.Tensor | None] | None:
+        """The tokens of a record and of its question, or None if it is dropped."""
+        chat = self._rationale_chat(record, medium) if self.target == "rationale" else self._chat(record, medium)
+        inputs = self.processor.apply_chat_template(
+            chat,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            use_geometry=self.use_geometry,
+            num_rationale_tokens=self.num_rationale_tokens,
+        )
+        ids = inputs["input_ids"][0]
+        dim = max(entry["dim"] for entry in self.processor.control_tokens.values())
+        targets = inputs.get("regression_targets")
+        if targets is None or (record.label_suspect and not self.regress_suspect):
+            targets = torch.full((1, len(ids), dim), torch.nan)
+        types = inputs.get("mm_token_type_ids")
+        row = TokenRow(
+            input_ids=ids,
+            labels=ids.masked_fill(~inputs["assistant_masks"][0].bool(), IGNORED_LABEL),
+            mm_token_type_ids=torch.zeros_like(ids) if types is None else types[0],
+            regression_targets=targets[0],
+        )
+        row = self._cut(row, record)
+        question = inputs.get("question_input_ids")
+        return None if row is None else (row, None if question is None else question[0])
+
+    def _chat(self, record: Record, medium: SceneMedia) -> list[dict]:
+        box = record.box
+        if box is not None and self.with_values:
+            box = self._loader.box_in_scene(record, medium)
+        # Without geometry the box stays as it is here, and a suspect value has its token: `_row` leaves its target out.
+        plain = dataclasses.replace(record, box=box, geometry=None, label_suspect=False)
+        chat = messages_from_record(plain, with_values=self.with_values)
+        is_medium = [
+            [isinstance(part, dict) and part["type"] in _MEDIA_TYPES for part in turn["content"]] for turn in chat
+        ]
+        return [
+            {
+                **turn,
+                "content": [medium.part if flag else part for part, flag in zip(turn["content"], flags, strict=True)]
+                if any(flags)
+                else turn["content"],
+            }
+            for turn, flags in zip(chat, is_medium, strict=True)
+        ]
+
+    def _rationale_chat(self, record: Record, medium: SceneMedia) -> list[dict]:
+        if record.rationale is None:
+            raise ValueError(
+                f"`target='rationale'` needs a rationale, and record {record.uid!r} has none. Filter the dataset by "
+                "`rationale`."
+            )
+        if "pixel_values" in medium.tensors:
+            raise ValueError(
+                f"`target='rationale'` trains the rationale module, and the image of record {record.uid!r} has no geometry "
+                "for it. Give the image its geometry, or leave it out."
+            )
+        part = medium.part
+        if self._hides_frames:
+            part = {"type": "scene", "scene": ScenePlace(0, range(self.processor.num_rationale_tokens))}
+        question = {"type": "text", "text": record.prompt}
+        answer = {"type": "text", "text": record.rationale}
+        return [{"role": "user", "content": [part, question]}, {"role": "assistant", "content": [answer]}]
+
+    def _cut(self, row: TokenRow, record: Record) -> TokenRow | None:
+        """Leave out what teaches nothing, and cut the answer; None if the record is dropped."""
+        trained = (row.labels != IGNORED_LABEL).nonzero()[:, 0]
+        row = row.part(0, int(trained[-1]) + 1)
+        if self.max_length is None or len(row) <= self.max_length:
+            return row
+        controls = self._is_in(row.input_ids, [entry["token_id"] for entry in self.processor.control_tokens.values()])
+        follower = controls.nonzero()[-1:, 0] + 1
+        # The scene, in the first turn, and its question come before the first token that is learned.
+        needed = max([int(trained[0]) + 1, *(follower + 1).tolist()])
+        if needed <= self.max_length:
+            # A cut inside a later prompt leaves an end that teaches nothing.
+            kept = trained[trained < self.max_length]
+            return row.part(0, max(needed, int(kept[-1]) + 1))
+        message = (
+            f"Record {record.uid!r} has {len(row)} tokens, of which {needed} must stay (scene, prompt and control tokens), and "
+            f"`max_length` is {self.max_length}."
+        )
+        if self.overlong == "error":
+            raise ValueError(f"{message} Raise it, show fewer frames, or pass `overlong='drop'`.")
+        self.num_dropped += 1
+        if self.num_dropped & (self.num_dropped - 1) == 0:  # the first, second, fourth, ...
+            logger.warning("%s Dropped, the %d. record so far.", message, self.num_dropped)
+        return None
+
+    # ---- rows ----
+
+    def _packed(self, rows: list[TokenRow]) -> TokenRow:
+        return pack_questions(rows, num_media_tokens=max(self._num_media_tokens(row) for row in rows))
+
+    def _num_media_tokens(self, row: TokenRow) -> int:
+        """Where the last placeholder ends."""
+        ids = [self.processor.image_token_id, self.processor.rationale_token_id]
+        (positions,) = self._is_in(row.input_ids, ids).nonzero(as_tuple=True)
+        return int(positions[-1]) + 1 if len(positions) else 0
+
+    @staticmethod
+    def _is_in(input_ids: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
+        return torch.isin(input_ids, torch.tensor(token_ids))
+
+    def _padded_questions(self, questions: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not questions:
+            return {}
+        longest = max(len(question) for question in questions)
+        ids = torch.full((len(questions), longest), self.processor.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, question in enumerate(questions):
+            start = longest - len(question) if self.padding_side == "left" else 0
+            ids[row, start : start + len(question)] = question
+            mask[row, start : start + len(question)] = 1
+        return {"question_input_ids": ids, "question_attention_mask": mask}
+
+
+def _as_record(entry) -> Record:
+    if isinstance(entry, Record):
+        return entry
+    if isinstance(entry, dict):
+        return Record.from_dict(entry)
+    raise TypeError(f"An example must be a Record, its dict, or a list of these, got {type(entry).__name__}.")
+
+
+__all__ = ["GeodeDataCollator"]
