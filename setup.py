@@ -13,7 +13,7 @@ PACKAGE_DIR = {"geode": "geode", **{f"geode.{folder}": folder for folder in FOLD
 
 VIDEO = ["av"]
 TRAIN = ["trl>=1.16,<2", "peft", "datasets", "evaluate"]
-WORLD = ["embreex"]
+WORLD = ["embreex", "av", "pyarrow"]
 GEOMETRY = ["scipy"]  # normals of large point clouds
 DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "ruff", "build", "mypy"]
 EXTRAS = {

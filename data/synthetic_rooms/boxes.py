@@ -109,8 +109,17 @@ def _point_segment_distances(points: np.ndarray, starts: np.ndarray, ends: np.nd
     return np.linalg.norm(offset - share[..., None] * along, axis=-1)
 
 
-def _is_separated(first: np.ndarray, second: np.ndarray) -> bool:
-    """Tell whether two rectangles are apart: the separating axis theorem over their four edge normals."""
+def is_separated(first: np.ndarray, second: np.ndarray) -> bool:
+    """
+    Tell whether two rectangles are apart, by the separating axis theorem over their four edge normals.
+
+    Args:
+        first (`np.ndarray` of shape `(4, 2)`): Corners in order.
+        second (`np.ndarray` of shape `(4, 2)`): Corners in order.
+
+    Returns:
+        `bool`: `False` where they touch or overlap.
+    """
     for polygon in (first, second):
         for edge in (polygon[1] - polygon[0], polygon[2] - polygon[1]):
             normal = np.array([-edge[1], edge[0]])
@@ -134,7 +143,7 @@ def plan_distance(first: np.ndarray, second: np.ndarray) -> float:
     Returns:
         `float`: Distance in metres.
     """
-    if not _is_separated(first, second):
+    if not is_separated(first, second):
         return 0.0
     to_second = _point_segment_distances(first, second, np.roll(second, -1, axis=0)).min()
     to_first = _point_segment_distances(second, first, np.roll(first, -1, axis=0)).min()

@@ -92,7 +92,9 @@ def _question_rows(questions: list[Question], scene: dict) -> list[dict]:
     return [question.row(number, scene) for number, question in enumerate(questions)]
 
 
-def write_frames(path: Path, room: Room, walk: Walk, *, depth_size: tuple[int, int]) -> dict[str, np.ndarray]:
+def write_frames(
+    path: Path, room: Room, walk: Walk, *, depth_size: tuple[int, int], metadata: dict[str, str] | None = None
+) -> dict[str, np.ndarray]:
     """
     Write depth, instance ids and cameras at a reduced resolution, cast anew rather than resized.
 
@@ -101,6 +103,7 @@ def write_frames(path: Path, room: Room, walk: Walk, *, depth_size: tuple[int, i
         room (`Room`): The room.
         walk (`Walk`): Its film.
         depth_size (`tuple[int, int]`): `(height, width)` of the depth maps.
+        metadata (`dict[str, str]`, *optional*): Text for the file's header.
 
     Returns:
         `dict[str, np.ndarray]`: `depth` in metres (float64, unrounded), `images` (uint8) and `intrinsics`, all at
@@ -123,7 +126,7 @@ def write_frames(path: Path, room: Room, walk: Walk, *, depth_size: tuple[int, i
         "depth_intrinsics": intrinsics,
         "video_intrinsics": walk.intrinsics,
     }
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata)
     return {"depth": depth, "images": images, "intrinsics": intrinsics}
 
 

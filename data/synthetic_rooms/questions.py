@@ -16,12 +16,13 @@ Convention:
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from geode.data.synthetic_rooms.boxes import box_distance, footprint, plan_distance
+from geode.data.synthetic_rooms.boxes import box_distance, footprint, is_separated
 from geode.data.synthetic_rooms.rooms import Room
 from geode.data.synthetic_rooms.scene import describe_scene
 
@@ -147,8 +148,8 @@ def _choice(question_type: str, question: str, right: str, wrong: Iterable[str],
     return Question(question_type, question, LETTERS[contents.index(right)], options)
 
 
-def _clearly_seen(item: dict) -> bool:
-    return max(item["pixel_shares"]) >= CLEAR_VIEW_SHARE
+def _clearly_seen(item: dict, share: float = CLEAR_VIEW_SHARE) -> bool:
+    return max(item["pixel_shares"]) >= share
 
 
 def _by_category(scene: dict) -> dict[str, list[dict]]:
@@ -168,11 +169,11 @@ def _unique(scene: dict) -> dict[str, np.ndarray]:
     }
 
 
-def _counting(scene: dict, rng: np.random.Generator) -> list[Question]:
+def _counting(scene: dict, max_count: int, view_share: float) -> list[Question]:
     return [
         _number("object_counting", COUNTING.format(name), float(len(items)), "count", 0)
         for name, items in _by_category(scene).items()
-        if 2 <= len(items) <= MAX_COUNT and all(_clearly_seen(item) for item in items)
+        if 2 <= len(items) <= max_count and all(_clearly_seen(item, view_share) for item in items)
     ]
 
 
@@ -281,26 +282,33 @@ def _turn(angle: float) -> str | None:
     return None
 
 
-def _is_clear(scene: dict, first: np.ndarray, second: np.ndarray) -> bool:
+def _obstacles(scene: dict) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the boxes that stand near the floor, with their corners in the plan."""
+    boxes = [np.asarray(item["box"]) for item in scene["objects"]]
+    return [(box, footprint(box)) for box in boxes if box[2] - 0.5 * box[5] < 0.3]
+
+
+def _is_clear(obstacles: list[tuple[np.ndarray, np.ndarray]], first: np.ndarray, second: np.ndarray) -> bool:
     """Tell whether no other piece of furniture on the floor lies between two boxes' centres."""
     along = second[:2] - first[:2]
     lane = np.array([*(0.5 * (first[:2] + second[:2])), 0, np.linalg.norm(along), 2 * ROUTE_CLEARANCE_M, 1])
     corners = footprint(np.append(lane, math.atan2(along[1], along[0])))
-    for item in scene["objects"]:
-        box = np.asarray(item["box"])
+    for box, plan in obstacles:
         is_end = np.array_equal(box, first) or np.array_equal(box, second)
-        if not is_end and box[2] - 0.5 * box[5] < 0.3 and plan_distance(corners, footprint(box)) == 0.0:
+        if not is_end and not is_separated(corners, plan):
             return False
     return True
 
 
 def _routes(scene: dict, rng: np.random.Generator) -> list[Question]:
     boxes, questions = _unique(scene), []
+    obstacles = _obstacles(scene)
     legs = {
-        pair
-        for pair in itertools.permutations(boxes, 2)
+        way
+        for pair in itertools.combinations(boxes, 2)
         if np.linalg.norm(boxes[pair[0]][:2] - boxes[pair[1]][:2]) >= MIN_DIRECTION_REACH_M
-        and _is_clear(scene, boxes[pair[0]], boxes[pair[1]])
+        and _is_clear(obstacles, boxes[pair[0]], boxes[pair[1]])
+        for way in (pair, pair[::-1])
     }
     for length in (3, 4):
         for stops in itertools.permutations(boxes, length):
@@ -384,20 +392,23 @@ def _locations(scene: dict, rng: np.random.Generator) -> list[Question]:
     return questions
 
 
-def scene_questions(scene: dict, *, seed: int) -> list[Question]:
+def scene_questions(
+    scene: dict, *, seed: int, max_count: int = MAX_COUNT, count_view_share: float = CLEAR_VIEW_SHARE
+) -> list[Question]:
     """
     Ask every question that a scene's record answers without ambiguity.
 
     Args:
         scene (`dict`): The record, see `describe_scene`.
         seed (`int`): Decides the order of options.
+        max_count (`int`, defaults to 6): Largest number that is asked for by counting.
+        count_view_share (`float`, defaults to 0.006): Share of some frame's pixels that each counted object must show.
 
     Returns:
         `list[Question]`: Grouped by type. There may be thousands: see `select_questions`.
     """
     rng = np.random.default_rng([seed, 2_000_003])
     makers = (
-        _counting,
         _abs_distance,
         _size,
         _room_size,
@@ -407,7 +418,8 @@ def scene_questions(scene: dict, *, seed: int) -> list[Question]:
         _appearance_order,
         _locations,
     )
-    return [question for maker in makers for question in maker(scene, rng)]
+    counts = _counting(scene, max_count, count_view_share)
+    return [*counts, *(question for maker in makers for question in maker(scene, rng))]
 
 
 def make_questions(room: Room, walk, *, seed: int) -> list[Question]:
@@ -423,6 +435,60 @@ def make_questions(room: Room, walk, *, seed: int) -> list[Question]:
         `list[Question]`: Grouped by type.
     """
     return scene_questions(describe_scene(room, walk), seed=seed)
+
+
+def _pattern(form: str) -> re.Pattern:
+    return re.compile("(.+)".join(re.escape(text) for text in form.split("{}")))
+
+
+_PATTERNS = {
+    "object_counting": _pattern(COUNTING),
+    "object_abs_distance": _pattern(DISTANCE),
+    "object_size_estimation": _pattern(SIZE),
+    "room_size_estimation": _pattern(ROOM_SIZE),
+    "object_rel_distance": _pattern(NEAREST),
+    "object_rel_direction_easy": _pattern(EASY),
+    "object_rel_direction_medium": _pattern(MEDIUM),
+    "object_rel_direction_hard": _pattern(HARD),
+    "route_planning": _pattern(ROUTE),
+    "obj_appearance_order": _pattern(ORDER),
+    "object_localization": _pattern(LOCATE),
+}
+
+
+def subjects_of(question_type: str, text: str) -> list[str]:
+    """
+    Read the categories that a question names, in the order of its wording.
+
+    Args:
+        question_type (`str`): One of `QUESTION_TYPES`.
+        text (`str`): The bare question.
+
+    Returns:
+        `list[str]`: The categories. The last one of `object_rel_distance` is the target; those of `route_planning` are
+        the stops of the way.
+
+    Raises:
+        ValueError: If the text is not of the type's wording.
+
+    Example:
+    ```python
+    >>> subjects_of("object_rel_distance", NEAREST.format("sofa, tv, door, bed", "lamp"))
+    ['sofa', 'tv', 'door', 'bed', 'lamp']
+
+    ```
+    """
+    match = _PATTERNS[question_type].fullmatch(text) if question_type in _PATTERNS else None
+    if match is None:
+        raise ValueError(
+            f"`text` must be a question of type {question_type!r} in this package's wording, got {text!r}."
+        )
+    found = list(match.groups())
+    if question_type == "route_planning":
+        return [found[0], *re.findall(r"Go forward until the ([a-z ]+?)(?= \d|\.)", found[3])]
+    if question_type.startswith("object_rel_direction"):
+        return found[:3]
+    return [name for part in found for name in part.split(", ")]
 
 
 def answer_content(question: Question) -> str:

@@ -147,11 +147,17 @@ class Raycaster:
         points = origins + hits["distance"][:, None] * directions
         columns = width * supersampling
         row, column = np.divmod(np.arange(len(points)), columns)
-        color = tone_map(self._shade(points, directions, hits, 2 * (row % 2) + column % 2))
+        albedo, light, glow, faces = self._shade(points, directions, hits, 2 * (row % 2) + column % 2)
+        if supersampling == 1:
+            # One sample a pixel casts a quarter of the light's rays: without its neighbours' the picture is a lattice.
+            surface = np.concatenate([self.labels[hits["triangle"]], faces.round(3)], axis=1)
+            light = smooth_light(light.reshape(height, width, 3), surface.reshape(height, width, -1)).reshape(-1, 3)
+        color = tone_map(albedo * light + glow)
         color = color.reshape(height, supersampling, width, supersampling, 3).astype(np.float64)
         return (color.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
 
-    def _shade(self, points, directions, hits, subset) -> np.ndarray:
+    def _shade(self, points, directions, hits, subset) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return albedo, arriving light, emitted light and the normal of the facet for each point."""
         triangle = hits["triangle"]
         weights = np.stack([1.0 - hits["u"] - hits["v"], hits["u"], hits["v"]], axis=1)
         normals = (self.normals[triangle] * weights[:, :, None]).sum(axis=1)
@@ -167,7 +173,7 @@ class Raycaster:
         light = sky * self._openness(starts, normals, subset)[:, None]
         for source in self.room.lights:
             light += self._direct(source, starts, normals, subset)
-        return albedo * light + glow
+        return albedo, light, glow, faces
 
     def _local(self, points, normals, instance) -> tuple[np.ndarray, np.ndarray]:
         """Move points and normals into the frame of the object that they lie on."""
@@ -209,6 +215,34 @@ class Raycaster:
             gain[lit] *= ~self.blocked(starts[lit], rays[lit], distance[lit] - 2 * OFFSET_M)
             total += gain
         return (total / count)[:, None] * source.color
+
+
+def smooth_light(light: np.ndarray, surface: np.ndarray) -> np.ndarray:
+    """
+    Average the light of neighbouring pixels that show the same plane.
+
+    The weights (1, 2, 1) along each axis take away whatever alternates from pixel to pixel, and nothing else of an even
+    slope.
+
+    Args:
+        light (`np.ndarray` of shape `(height, width, 3)`): Arriving light.
+        surface (`np.ndarray` of shape `(height, width, num_marks)`): What tells one plane from another.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`: The smoothed light.
+    """
+    height, width = light.shape[:2]
+    padded = np.pad(light, ((1, 1), (1, 1), (0, 0)))
+    marks = np.pad(surface, ((1, 1), (1, 1), (0, 0)), constant_values=np.inf)
+    total, weights = np.zeros_like(light), np.zeros((height, width, 1))
+    for dy in range(3):
+        for dx in range(3):
+            window = (slice(dy, dy + height), slice(dx, dx + width))
+            is_same = (marks[window] == surface).all(axis=-1, keepdims=True)
+            weight = is_same * float((2 - abs(dy - 1)) * (2 - abs(dx - 1)))
+            total += weight * padded[window]
+            weights += weight
+    return total / weights
 
 
 def pixel_rays(intrinsics: np.ndarray, image_size: tuple[int, int], *, supersampling: int = 1) -> np.ndarray:

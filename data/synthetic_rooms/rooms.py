@@ -8,6 +8,7 @@ Convention:
     - Instance 0 is the structure (walls, floor, ceiling, rug); objects count from 1.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -115,7 +116,7 @@ class RoomObject:
     position: tuple[float, float, float]
     yaw: float
 
-    @property
+    @functools.cached_property
     def box(self) -> np.ndarray:
         """`np.ndarray` of shape `(7,)`: The tight canonical box in the room frame."""
         size = self.parts.size()
@@ -171,6 +172,7 @@ class Room:
     structure: PartList
     lights: list[Light]
     walk_area: tuple[float, float, float, float]
+    camera_heights_m: tuple[float, float] = (1.44, 1.58)
 
     @property
     def area(self) -> float:
@@ -199,8 +201,14 @@ class Room:
         return np.concatenate(corners), np.concatenate(normals), np.concatenate(labels), materials
 
 
+def _may_touch(first: np.ndarray, second: np.ndarray) -> bool:
+    """Tell whether the circles around two boxes' footprints come near: a cheap test before the exact one."""
+    reach = 0.5 * (math.hypot(first[3], first[4]) + math.hypot(second[3], second[4]))
+    return math.hypot(first[0] - second[0], first[1] - second[1]) < reach + OBJECT_GAP_M
+
+
 @dataclass
-class _Layout:
+class Layout:
     """The room while it is being furnished."""
 
     rng: np.random.Generator
@@ -209,9 +217,15 @@ class _Layout:
     reserved: list[np.ndarray] = field(default_factory=list)
 
     def find(self, category: str) -> RoomObject | None:
+        """Return the first piece of a category, if there is one."""
         return next((item for item in self.objects if item.category == category), None)
 
+    def draw(self, category: str) -> PartList:
+        """Draw a piece."""
+        return CATEGORIES[category](self.rng).centred()
+
     def fits(self, box: np.ndarray, *, ignore: RoomObject | None = None) -> bool:
+        """Tell whether a box is within the walls and apart from all that is there, but for one piece."""
         half = 0.5 * np.asarray(self.size[:2]) - 0.01
         half_x, half_y = 0.5 * box[3], 0.5 * box[4]
         cosine, sine = abs(math.cos(box[6])), abs(math.sin(box[6]))
@@ -220,11 +234,12 @@ class _Layout:
         if abs(box[1]) + sine * half_x + cosine * half_y > half[1]:
             return False
         others = [item.box for item in self.objects if item is not ignore]
-        if any(box_distance(box, other) < OBJECT_GAP_M for other in others):
+        if any(_may_touch(box, other) and box_distance(box, other) < OBJECT_GAP_M for other in others):
             return False
-        return all(box_distance(box, other) > 0.0 for other in self.reserved)
+        return all(not _may_touch(box, other) or box_distance(box, other) > 0.0 for other in self.reserved)
 
     def add(self, category: str, parts: PartList, position, yaw: float, *, ignore: RoomObject | None = None) -> bool:
+        """Put a piece where it fits; tell whether it did."""
         item = RoomObject(len(self.objects) + 1, category, parts, tuple(float(v) for v in position), float(yaw))
         if not self.fits(item.box, ignore=ignore):
             return False
@@ -244,7 +259,7 @@ class _Layout:
     def place(self, category: str, where: str, anchor_wall: int) -> bool:
         """Try up to forty times to place one piece; tell whether it worked."""
         for _ in range(40):
-            parts = CATEGORIES[category](self.rng).centred()
+            parts = self.draw(category)
             if self._place_once(category, parts, where, anchor_wall):
                 return True
         return False
@@ -305,14 +320,26 @@ class _Layout:
         return self.add(category, parts, position, parent.yaw + turn, ignore=ignore)
 
 
-def _free_ellipse(layout: _Layout) -> tuple[float, float, float, float] | None:
-    """Find a large free rectangle of floor for the camera, `(center x, center y, half x, half y)`."""
+def free_ellipse(
+    layout: Layout, *, max_reach_m: float = 1.3, margin_m: float = 0.7
+) -> tuple[float, float, float, float] | None:
+    """
+    Find a large free rectangle of floor for the camera.
+
+    Args:
+        layout (`Layout`): The room so far.
+        max_reach_m (`float`, defaults to 1.3): Largest half side.
+        margin_m (`float`, defaults to 0.7): Least distance from the walls.
+
+    Returns:
+        `tuple`: `(center x, center y, half x, half y)`, or `None` where 300 draws found nothing.
+    """
     best, best_score = None, 0.0
     half = 0.5 * np.asarray(layout.size[:2])
     boxes = [item.box for item in layout.objects if item.position[2] < 0.9]
     for _ in range(300):
-        reach = layout.rng.uniform(0.35, 1.3, size=2)
-        room = half - reach - 0.7
+        reach = layout.rng.uniform(0.35, max_reach_m, size=2)
+        room = half - reach - margin_m
         if (room < 0).any():
             continue
         center = layout.rng.uniform(-room, room)
@@ -323,7 +350,25 @@ def _free_ellipse(layout: _Layout) -> tuple[float, float, float, float] | None:
     return best
 
 
-def _structure(rng: np.random.Generator, size: tuple[float, float, float], rug_at: np.ndarray) -> PartList:
+def build_structure(
+    rng: np.random.Generator,
+    size: tuple[float, float, float],
+    rug_at: np.ndarray,
+    *,
+    fixtures: tuple[tuple[float, float], ...] = ((0.0, 0.0),),
+) -> PartList:
+    """
+    Build floor, walls, ceiling, skirting boards, a rug and the ceiling lamps.
+
+    Args:
+        rng (`np.random.Generator`): Source of the colours.
+        size (`tuple[float, float, float]`): Length, width and height of the room in metres.
+        rug_at (`np.ndarray` of shape `(2,)`): Where the rug's centre should be.
+        fixtures (`tuple`, defaults to one in the middle): Where lamps hang, in the floor plan.
+
+    Returns:
+        `PartList`: The parts in the room frame.
+    """
     half_x, half_y, height = 0.5 * size[0], 0.5 * size[1], size[2]
     plain = WALL_COLORS[rng.integers(len(WALL_COLORS))]
     accent = ACCENT_COLORS[rng.integers(len(ACCENT_COLORS))]
@@ -353,11 +398,38 @@ def _structure(rng: np.random.Generator, size: tuple[float, float, float], rug_a
         cloth = Material(colors[0], colors[1], "checker" if inset else "noise", 0.16 if inset else 0.02)
         x = (center[0] - reach[0] + inset, center[0] + reach[0] - inset)
         parts.box(x, (center[1] - reach[1] + inset, center[1] + reach[1] - inset), (-0.05, z), cloth)
-    parts.ball((0.0, 0.0, height), (0.24, 0.24, 0.07), Material((1.0, 0.95, 0.85), pattern="solid", emission=1.2))
+    glow = Material((1.0, 0.95, 0.85), pattern="solid", emission=1.2)
+    for x, y in fixtures:
+        parts.ball((x, y, height), (0.24, 0.24, 0.07), glow)
     return parts
 
 
-def _lights(rng: np.random.Generator, layout: _Layout) -> list[Light]:
+def daylight(rng: np.random.Generator, item: RoomObject) -> Light:
+    """
+    Return the light that enters by a window.
+
+    Args:
+        rng (`np.random.Generator`): Source of its strength and of the order of its samples.
+        item (`RoomObject`): The window.
+
+    Returns:
+        `Light`: Sixteen samples in front of the panes.
+    """
+    width, _, height = item.parts.size()
+    grid = np.stack(np.meshgrid(np.linspace(-0.4, 0.4, 4), np.linspace(0.12, 0.88, 4)), axis=-1).reshape(-1, 2)
+    local = np.stack([grid[:, 0] * width, np.full(16, 0.16), grid[:, 1] * height], axis=1)
+    rotation = rotation_about_z(item.yaw)
+    points = local[rng.permutation(16)] @ rotation.T + np.asarray(item.position)
+    return Light(points, rotation @ [0.0, 1.0, 0.0], rng.uniform(3.2, 4.6) * np.array([0.86, 0.95, 1.0]))
+
+
+def lamplight(item: RoomObject) -> Light:
+    """Return the light of a lamp that stands in the room."""
+    top = np.add(item.position, [0.0, 0.0, item.parts.size()[2] + 0.06])
+    return Light(top[None], None, 0.45 * np.array([1.0, 0.80, 0.52]))
+
+
+def _lights(rng: np.random.Generator, layout: Layout) -> list[Light]:
     angle = 2.399963 * np.arange(16)
     radius = 0.25 * np.sqrt((np.arange(16) + 0.5) / 16)
     disc = np.stack([radius * np.cos(angle), radius * np.sin(angle), np.full(16, layout.size[2] - 0.12)], axis=1)
@@ -367,24 +439,16 @@ def _lights(rng: np.random.Generator, layout: _Layout) -> list[Light]:
     ]
     for item in layout.objects:
         if item.category == "window":
-            width, _, height = item.parts.size()
-            grid = np.stack(np.meshgrid(np.linspace(-0.4, 0.4, 4), np.linspace(0.12, 0.88, 4)), axis=-1).reshape(-1, 2)
-            local = np.stack([grid[:, 0] * width, np.full(16, 0.16), grid[:, 1] * height], axis=1)
-            rotation = rotation_about_z(item.yaw)
-            points = local[rng.permutation(16)] @ rotation.T + np.asarray(item.position)
-            lights.append(
-                Light(points, rotation @ [0.0, 1.0, 0.0], rng.uniform(3.2, 4.6) * np.array([0.86, 0.95, 1.0]))
-            )
+            lights.append(daylight(rng, item))
         if item.category == "lamp":
-            top = np.add(item.position, [0.0, 0.0, item.parts.size()[2] + 0.06])
-            lights.append(Light(top[None], None, 0.45 * np.array([1.0, 0.80, 0.52])))
+            lights.append(lamplight(item))
     return lights
 
 
 def _try_room(seed: int, rng: np.random.Generator, room_type: str) -> Room | None:
     aspect, area = rng.uniform(0.75, 1.35), math.exp(rng.uniform(math.log(17.0), math.log(38.0)))
     size = (math.sqrt(area * aspect), math.sqrt(area / aspect), rng.uniform(2.45, 2.85))
-    layout = _Layout(rng, tuple(float(value) for value in size))
+    layout = Layout(rng, tuple(float(value) for value in size))
     wall = int(rng.integers(4))
     if not layout.place("door", "mounted", wall):
         return None
@@ -407,14 +471,14 @@ def _try_room(seed: int, rng: np.random.Generator, room_type: str) -> Room | Non
             if not layout.place(category, where, wall) and is_required:
                 return None
         if walk_area is None:
-            walk_area = _free_ellipse(layout)
+            walk_area = free_ellipse(layout)
             if walk_area is None:
                 return None
             x, y, half_x, half_y = walk_area
             layout.reserved.append(
                 np.array([x, y, 1.1, 2 * (half_x + WALK_GAP_M), 2 * (half_y + WALK_GAP_M), 2.2, 0.0])
             )
-    structure = _structure(rng, layout.size, np.asarray(walk_area[:2]) * 0.5)
+    structure = build_structure(rng, layout.size, np.asarray(walk_area[:2]) * 0.5)
     return Room(seed, room_type, layout.size, layout.objects, structure, _lights(rng, layout), walk_area)
 
 

@@ -93,7 +93,7 @@ def plan_walk(room: Room, rng: np.random.Generator, *, num_frames: int) -> np.nd
     """
     x, y, half_x, half_y = room.walk_area
     start, sense = rng.uniform(-math.pi, math.pi), rng.choice((-1.0, 1.0))
-    sweep, height = math.radians(rng.uniform(320.0, 345.0)), rng.uniform(1.44, 1.58)
+    sweep, height = math.radians(rng.uniform(320.0, 345.0)), rng.uniform(*room.camera_heights_m)
     phase = rng.uniform(0.0, 2.0 * math.pi)
     cameras = np.tile(np.eye(4), (num_frames, 1, 1))
     for index in range(num_frames):

@@ -22,7 +22,7 @@ from geode.data.synthetic_rooms.boxes import box_distance, canonical_box, footpr
 from geode.data.synthetic_rooms.build import build_scene
 from geode.data.synthetic_rooms.furniture import CATEGORIES, WHITE
 from geode.data.synthetic_rooms.questions import QUESTION_TYPES, scene_questions, select_questions
-from geode.data.synthetic_rooms.render import Raycaster, render_walk
+from geode.data.synthetic_rooms.render import Raycaster, render_walk, smooth_light
 from geode.data.synthetic_rooms.rooms import ROOM_TYPES, make_room
 from geode.data.synthetic_rooms.scene import describe_scene
 from geode.data.synthetic_rooms.shapes import Part, PartList, part_mesh
@@ -371,6 +371,19 @@ def test_frames_show_the_colours_of_the_objects(film):
     structure = walk.frames[walk.instance_ids == 0].mean(axis=0)
     assert np.corrcoef(hue - hue.mean(), np.array(item.color) - np.mean(item.color))[0, 1] > 0.5
     assert 60 < structure.mean() < 220  # neither dark nor blown out
+
+
+def test_smooth_light_removes_a_lattice_from_a_slope_and_keeps_edges():
+    """A slope and what alternates: (1, 2, 1) / 4 keeps the one and zeroes the other. Across an edge nothing mixes."""
+    v, u = np.mgrid[:9, :14].astype(float)
+    slope = 2.0 + 0.1 * u + 0.03 * v
+    lattice = 0.3 * (-1.0) ** u + 0.2 * (-1.0) ** v + 0.1 * (-1.0) ** (u + v)
+    surface = (u >= 7).astype(float)
+    light = np.where(surface, 100.0, slope + lattice)[..., None].repeat(3, axis=2)
+    smooth = smooth_light(light, surface[..., None])
+    np.testing.assert_allclose(smooth[1:-1, 1:6], slope[1:-1, 1:6, None].repeat(3, axis=2), atol=1e-12)
+    np.testing.assert_allclose(smooth[:, 7:], 100.0)
+    assert smooth[:, :7].max() < 5.0
 
 
 def test_raycaster_without_embreex_names_the_remedy(monkeypatch):

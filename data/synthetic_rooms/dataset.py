@@ -1,0 +1,522 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Make a data set of furnished rooms: videos, geometry, depth and questions, in the layout of a Hub repository.
+
+    python -m geode.data.synthetic_rooms.dataset --scenes 2000 --out rooms
+
+The files depend on the options in `world.json` alone: neither on the number of processes nor on how often the work was
+interrupted. Whatever kills it, the same call goes on with the scenes that are missing.
+
+Convention:
+    - A scene is whole when its depth file is there: that one is moved to its place last.
+    - Scenes belong to a split by their number, see `SPLIT_OF_TEN`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from geode.data.synthetic_rooms.balance import draw_candidates, select_evenly
+from geode.data.synthetic_rooms.baselines import blind_baselines
+from geode.data.synthetic_rooms.build import FPS, write_frames, write_geometry, write_video
+from geode.data.synthetic_rooms.dataset_card import write_card
+from geode.data.synthetic_rooms.questions import QUESTION_TYPES, Question, scene_questions
+from geode.data.synthetic_rooms.rationales import write_rationale
+from geode.data.synthetic_rooms.render import render_walk
+from geode.data.synthetic_rooms.scene import GENERATOR_VERSION, describe_scene
+from geode.data.synthetic_rooms.sheet import draw_contact_sheet
+from geode.data.synthetic_rooms.tables import BENCHMARK_SCHEMA, QUESTION_SCHEMA, SCENE_SCHEMA, question_row, scene_row
+from geode.data.synthetic_rooms.tables import write_table as write_parquet
+from geode.data.synthetic_rooms.varied_rooms import COUNTS, make_varied_room
+
+
+FORMAT_VERSION = 1
+DATASET = "rooms"  # VSI-Bench's loaders look for {root}/{dataset}/{scene_name}.mp4
+SPLITS = ("train", "validation", "test")
+SPLIT_OF_TEN = ("train", "validation", "test", *("train",) * 7)  # by the last digit of a scene's number
+WORK_FOLDER = ".work"
+MAX_SCENE_ATTEMPTS = 40
+FOV_DEG = (74.0, 92.0)
+COUNT_VIEW_SHARE = 0.003
+MAX_CANDIDATES = 48
+TRAIN_QUESTIONS = {
+    "object_counting": 3,
+    "object_abs_distance": 24,
+    "object_size_estimation": 8,
+    "room_size_estimation": 1,
+    "object_rel_distance": 16,
+    "object_rel_direction_easy": 12,
+    "object_rel_direction_medium": 12,
+    "object_rel_direction_hard": 12,
+    "route_planning": 12,
+    "obj_appearance_order": 6,
+    "object_localization": 16,
+}
+HELD_OUT_QUESTIONS = {
+    "object_counting": 3,
+    "object_abs_distance": 5,
+    "object_size_estimation": 4,
+    "room_size_estimation": 1,
+    "object_rel_distance": 4,
+    "object_rel_direction_easy": 2,
+    "object_rel_direction_medium": 2,
+    "object_rel_direction_hard": 2,
+    "route_planning": 3,
+    "obj_appearance_order": 3,
+    "object_localization": 4,
+}
+
+
+def split_of(index: int) -> str:
+    """
+    Return the split of a scene.
+
+    Args:
+        index (`int`): Its number.
+
+    Returns:
+        `str`: One of `SPLITS`: of ten scenes eight, one and one.
+    """
+    return SPLIT_OF_TEN[index % 10]
+
+
+def scene_name_of(index: int) -> str:
+    """
+    Return the name of a scene.
+
+    Args:
+        index (`int`): Its number.
+
+    Returns:
+        `str`: The name, as in `room_000017`.
+    """
+    return f"room_{index:06d}"
+
+
+def _describe(index: int, attempt: int, options: dict) -> tuple | None:
+    """Furnish and film one attempt at a scene; `None` if the furniture found no place."""
+    room_seed = int(np.random.SeedSequence([options["seed"], index, attempt]).generate_state(1)[0])
+    try:
+        room = make_varied_room(room_seed)
+    except RuntimeError:
+        return None
+    fov_deg = float(np.random.default_rng([room_seed, 5_000_011]).uniform(*FOV_DEG))
+    walk = render_walk(
+        room,
+        image_size=tuple(options["image_size"]),
+        num_frames=options["num_frames"],
+        fov_deg=fov_deg,
+        supersampling=options["supersampling"],
+    )
+    record = describe_scene(room, walk, fps=FPS)
+    return room, walk, record | {"dataset": DATASET, "scene_name": scene_name_of(index)}
+
+
+def make_scene(out: Path, index: int, options: dict) -> None:
+    """
+    Make one scene and move it to its place.
+
+    Args:
+        out (`Path`): The data set's folder.
+        index (`int`): The scene's number.
+        options (`dict`): What `world.json` holds.
+
+    Raises:
+        RuntimeError: If none of the attempts gave a furnished room whose floor can be found.
+    """
+    name = scene_name_of(index)
+    work = out / WORK_FOLDER / name
+    for attempt in range(MAX_SCENE_ATTEMPTS):
+        made = _describe(index, attempt, options)
+        if made is None:
+            continue
+        room, walk, record = made
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_video(work / "room.mp4", walk.frames)
+        header = {"scene": json.dumps(record)}
+        views = write_frames(
+            work / "depth.safetensors", room, walk, depth_size=tuple(options["depth_size"]), metadata=header
+        )
+        try:
+            write_geometry(work / "geometry", walk, views, max_points=options["max_points"])
+        except ValueError:  # the film shows too little of the floor: the next attempt draws another room
+            continue
+        shutil.rmtree(out / "geometry" / name, ignore_errors=True)
+        os.replace(work / "room.mp4", out / "rooms" / f"{name}.mp4")
+        os.replace(work / "geometry", out / "geometry" / name)
+        os.replace(work / "depth.safetensors", out / "depth" / f"{name}.safetensors")
+        work.rmdir()
+        return
+    raise RuntimeError(
+        f"`make_scene` must find a room for scene {index} of `seed` {options['seed']}, but all of {MAX_SCENE_ATTEMPTS} "
+        "attempts failed. Choose another `seed`."
+    )
+
+
+def read_record(out: Path, index: int) -> dict:
+    """
+    Read the record of a scene from the header of its depth file.
+
+    Args:
+        out (`Path`): The data set's folder.
+        index (`int`): The scene's number.
+
+    Returns:
+        `dict`: See `describe_scene`.
+    """
+    with safe_open(str(out / "depth" / f"{scene_name_of(index)}.safetensors"), "np") as stored:
+        return json.loads(stored.metadata()["scene"])
+
+
+def list_candidates(out: Path, index: int, options: dict) -> dict[str, list[Question]]:
+    """
+    Ask about a scene, and keep some of the questions of each type.
+
+    Args:
+        out (`Path`): The data set's folder.
+        index (`int`): The scene's number.
+        options (`dict`): What `world.json` holds.
+
+    Returns:
+        `dict[str, list[Question]]`: At most 48 of each type, rare answers among them.
+    """
+    return ask(read_record(out, index), index=index, seed=options["seed"])
+
+
+def ask(record: dict, *, index: int, seed: int) -> dict[str, list[Question]]:
+    """
+    Ask about a record, and keep some of the questions of each type.
+
+    Args:
+        record (`dict`): See `describe_scene`.
+        index (`int`): The scene's number, which decides the lots together with `seed`.
+        seed (`int`): The data set's seed.
+
+    Returns:
+        `dict[str, list[Question]]`: At most 48 of each type, rare answers among them.
+    """
+    lots = int(np.random.SeedSequence([seed, index, 6_000_011]).generate_state(1)[0])
+    questions = scene_questions(record, seed=lots, max_count=COUNTS[1], count_view_share=COUNT_VIEW_SHARE)
+    return {
+        name: draw_candidates(
+            [question for question in questions if question.question_type == name],
+            limit=MAX_CANDIDATES,
+            seed=[lots, number],
+        )
+        for number, name in enumerate(QUESTION_TYPES)
+    }
+
+
+def select_split(candidates: list[dict[str, list[Question]]], split: str, *, seed: int) -> list[list[Question]]:
+    """
+    Choose the questions of a split, evenly over all of its scenes.
+
+    Args:
+        candidates (`list[dict[str, list[Question]]]`): What `ask` gave for each scene.
+        split (`str`): One of `SPLITS`.
+        seed (`int`): The data set's seed.
+
+    Returns:
+        `list[list[Question]]`: The questions of each scene, in the order of `QUESTION_TYPES`.
+    """
+    limits = TRAIN_QUESTIONS if split == "train" else HELD_OUT_QUESTIONS
+    chosen: list[list[Question]] = [[] for _ in candidates]
+    for number, name in enumerate(QUESTION_TYPES):
+        pools = [scene[name] for scene in candidates]
+        lots = [seed, SPLITS.index(split), number]
+        for questions, more in zip(chosen, select_evenly(pools, per_scene=limits[name], seed=lots), strict=True):
+            questions.extend(more)
+    return chosen
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the main process, end with it however it ends, and keep to one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = parent_process()
+
+    def end_with_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    # A worker whose parent was killed would wait for work for ever.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _open_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Give a pool of processes, or `None` for one; its processes start with the first task and end with the block."""
+    if num_workers == 1:
+        with _one_thread():
+            yield None
+        return
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    try:
+        yield pool
+    finally:
+        # After Ctrl-C or an error the scenes under way are finished, those not begun are dropped.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run(function: Callable, tasks: list[tuple], *, pool: ProcessPoolExecutor | None, bar: tqdm) -> list[Any]:
+    """Call `function` once per task; return the results in the order of the tasks."""
+    results: list[Any] = [None] * len(tasks)
+    if pool is None:
+        for number, task in enumerate(tasks):
+            results[number] = function(*task)
+            bar.update()
+        return results
+    numbers = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
+    for future in as_completed(numbers):
+        results[numbers[future]] = future.result()
+        bar.update()
+    return results
+
+
+def _check_options(options: dict) -> None:
+    if options["num_scenes"] < 3:
+        raise ValueError(
+            f"`num_scenes` must be at least 3, so that each split has a scene, got {options['num_scenes']}. Ask for more."
+        )
+    for name in ("image_size", "depth_size"):
+        if min(options[name]) < 8 or any(side % 2 for side in options[name]):
+            raise ValueError(f"`{name}` must be even and at least 8 on both sides, got {options[name]}. Round it.")
+    if options["num_frames"] < 8:
+        raise ValueError(
+            f"`num_frames` must be at least 8: fewer frames do not show a room, got {options['num_frames']}. Ask for more."
+        )
+    for name in ("seed", "supersampling", "max_points"):
+        least = 0 if name == "seed" else 1
+        if options[name] < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {options[name]}. Raise it.")
+
+
+def _open_world(out: Path, options: dict) -> None:
+    """Write `world.json`, or see that the one there holds the same options."""
+    path = out / "world.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="ascii"))
+        if found != options:
+            names = sorted(name for name in {*found, *options} if found.get(name) != options.get(name))
+            differences = ", ".join(
+                f"`{name}` {found.get(name)} there and {options.get(name)} asked for" for name in names
+            )
+            raise ValueError(
+                f"{out} holds a world of other options: {differences}. Go on with its own options, or choose another folder."
+            )
+        return
+    foreign = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    if foreign and foreign != [WORK_FOLDER]:
+        raise ValueError(
+            f"`out` must be empty or hold a `world.json`, but {out} holds {foreign[:3]}. Choose another folder."
+        )
+    _write_text(out, "world.json", json.dumps(options, indent=1) + "\n")
+
+
+def _write_text(out: Path, name: str, text: str) -> None:
+    work = out / WORK_FOLDER / name
+    work.parent.mkdir(parents=True, exist_ok=True)
+    work.write_text(text, encoding="ascii")
+    os.replace(work, out / name)
+
+
+def _missing_scenes(out: Path, num_scenes: int) -> list[int]:
+    def is_whole(name: str) -> bool:
+        files = [f"depth/{name}.safetensors", f"rooms/{name}.mp4"]
+        files += [f"geometry/{name}/{file}" for file in ("geometry.json", "geometry.safetensors")]
+        return all((out / file).is_file() for file in files)
+
+    return [index for index in range(num_scenes) if not is_whole(scene_name_of(index))]
+
+
+def _write_split(out: Path, split: str, indices: list[int], candidates: list[dict], seed: int) -> list[dict]:
+    """Write the three tables of a split; return the rows of its questions."""
+    chosen = select_split(candidates, split, seed=seed)
+    records = [read_record(out, index) for index in indices]
+    pairs = [(question, record) for questions, record in zip(chosen, records, strict=True) for question in questions]
+    # The benchmark's own types come first, so that its table is the head of the other and shares its numbers.
+    pairs.sort(key=lambda pair: pair[0].question_type == "object_localization")
+    rows = [
+        question_row(number, question, record, rationale=write_rationale(question, record))
+        for number, (question, record) in enumerate(pairs)
+    ]
+    benchmark = [row for row in rows if row["question_type"] != "object_localization"]
+    tables = {
+        "questions": (QUESTION_SCHEMA, rows),
+        "scenes": (SCENE_SCHEMA, [scene_row(out, record, split) for record in records]),
+    }
+    if split != "train":
+        tables["benchmark"] = (BENCHMARK_SCHEMA, benchmark)
+    for folder, (schema, content) in tables.items():
+        write_parquet(content, schema, out / WORK_FOLDER / f"{split}.parquet", out / folder / f"{split}.parquet")
+    return rows
+
+
+def _write_tables(out: Path, options: dict, *, pool: ProcessPoolExecutor | None, show_progress: bool) -> None:
+    indices = list(range(options["num_scenes"]))
+    tasks = [(out, index, options) for index in indices]
+    with tqdm(total=len(tasks), desc="Questions", unit="scene", disable=not show_progress) as bar:
+        candidates = _run(list_candidates, tasks, pool=pool, bar=bar)
+    rows = {}
+    for split in SPLITS:
+        own = [index for index in indices if split_of(index) == split]
+        rows[split] = _write_split(out, split, own, [candidates[index] for index in own], options["seed"])
+    draw_contact_sheet(out, out / WORK_FOLDER / "rooms.png")
+    os.replace(out / WORK_FOLDER / "rooms.png", out / "rooms.png")
+    baselines = blind_baselines(rows["train"], rows["test"])
+    _write_text(out, "baselines.json", json.dumps(baselines, indent=1) + "\n")
+    # Last, since its presence says that all of the rest is there.
+    _write_text(out, "README.md", write_card(out, options, baselines))
+
+
+def summarise_dataset(out: Path) -> dict:
+    """
+    Count what a finished data set holds.
+
+    Args:
+        out (`Path`): Its folder.
+
+    Returns:
+        `dict`: `scenes` and `questions` per split, `megabytes`, and `baselines` as `blind_baselines` gave them.
+    """
+    out = Path(out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return {
+        "scenes": {split: pq.read_metadata(out / "scenes" / f"{split}.parquet").num_rows for split in SPLITS},
+        "questions": {split: pq.read_metadata(out / "questions" / f"{split}.parquet").num_rows for split in SPLITS},
+        "megabytes": round(size / 1e6, 1),
+        "baselines": json.loads((out / "baselines.json").read_text(encoding="ascii")),
+    }
+
+
+def build_dataset(
+    out: str | os.PathLike,
+    *,
+    num_scenes: int,
+    seed: int = 0,
+    num_workers: int | None = None,
+    image_size: tuple[int, int] = (120, 160),
+    num_frames: int = 16,
+    supersampling: int = 1,
+    depth_size: tuple[int, int] = (36, 48),
+    max_points: int = 4096,
+    show_progress: bool = True,
+) -> dict:
+    """
+    Make a data set of rooms, or go on with one that was interrupted.
+
+    With more than one process the caller's main module must be importable (`if __name__ == "__main__":`), as for
+    everything that starts processes.
+
+    Args:
+        out (`str` or `os.PathLike`): Folder of the data set: new, empty, or begun with the same options.
+        num_scenes (`int`): Number of rooms, at least 3: of each ten, eight are for training, one for validation and
+            one for testing.
+        seed (`int`, defaults to 0): Decides everything.
+        num_workers (`int`, *optional*): Number of processes; `None` takes one per processor. It does not change a byte.
+        image_size (`tuple[int, int]`, defaults to `(120, 160)`): `(height, width)` of the videos, even.
+        num_frames (`int`, defaults to 16): Frames per video, at least 8.
+        supersampling (`int`, defaults to 1): Samples per pixel along each axis.
+        depth_size (`tuple[int, int]`, defaults to `(36, 48)`): `(height, width)` of the depth maps.
+        max_points (`int`, defaults to 4,096): Largest number of points of a scene's geometry.
+        show_progress (`bool`, defaults to `True`): Show progress bars.
+
+    Returns:
+        `dict`: See `summarise_dataset`.
+
+    Raises:
+        ImportError: If `embreex` or PyAV is missing.
+        ValueError: If an option is out of range, or if `out` holds a data set of other options or other files.
+    """
+    out = Path(out)
+    options = {
+        "format_version": FORMAT_VERSION,
+        "generator_version": GENERATOR_VERSION,
+        "num_scenes": int(num_scenes),
+        "seed": int(seed),
+        "image_size": [int(side) for side in image_size],
+        "num_frames": int(num_frames),
+        "supersampling": int(supersampling),
+        "depth_size": [int(side) for side in depth_size],
+        "max_points": int(max_points),
+    }
+    _check_options(options)
+    workers = (os.cpu_count() or 1) if num_workers is None else num_workers
+    if workers < 1:
+        raise ValueError(
+            f"`num_workers` must be at least 1 or `None`, got {num_workers}. Take 1 to stay in one process."
+        )
+    _open_world(out, options)
+    missing = _missing_scenes(out, num_scenes)
+    if missing or not (out / "README.md").is_file():
+        (out / "README.md").unlink(missing_ok=True)
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+        for folder in ("rooms", "geometry", "depth", "scenes", "questions", "benchmark", WORK_FOLDER):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        tasks = [(out, index, options) for index in missing]
+        done = num_scenes - len(missing)
+        with _open_pool(workers) as pool:
+            with tqdm(total=num_scenes, initial=done, desc="Rooms", unit="scene", disable=not show_progress) as bar:
+                _run(make_scene, tasks, pool=pool, bar=bar)
+            _write_tables(out, options, pool=pool, show_progress=show_progress)
+    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    return summarise_dataset(out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """
+    Run the command line.
+
+    Args:
+        arguments (`list[str]`, *optional*): Arguments; `None` reads the process's.
+    """
+    parser = argparse.ArgumentParser(description="Make a data set of furnished rooms of known truth.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--scenes", type=int, required=True, help="number of rooms")
+    parser.add_argument("--seed", type=int, default=0, help="non-negative number that decides everything")
+    parser.add_argument("--workers", type=int, help="number of processes")
+    parser.add_argument("--image-size", type=int, nargs=2, default=(120, 160), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--frames", type=int, default=16, help="frames per video")
+    parser.add_argument("--supersampling", type=int, default=1, help="samples per pixel along each axis")
+    options = parser.parse_args(arguments)
+    summary = build_dataset(
+        options.out,
+        num_scenes=options.scenes,
+        seed=options.seed,
+        num_workers=options.workers,
+        image_size=tuple(options.image_size),
+        num_frames=options.frames,
+        supersampling=options.supersampling,
+    )
+    sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
