@@ -152,6 +152,18 @@ def _add_data(data: argparse.ArgumentParser) -> None:
     rooms.add_argument("--scenes", metavar="N", type=int, required=True, help="number of rooms")
     rooms.add_argument("--seed", metavar="N", type=int, default=0, help="decides everything (default: 0)")
     rooms.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each core)")
+    rooms.add_argument(
+        "--image-size",
+        metavar=("HEIGHT", "WIDTH"),
+        nargs=2,
+        type=int,
+        default=(120, 160),
+        help="of the videos, in pixels (default: 120 160)",
+    )
+    rooms.add_argument("--frames", metavar="N", type=int, default=16, help="frames of each video (default: 16)")
+    rooms.add_argument(
+        "--supersampling", metavar="N", type=int, default=1, help="samples a pixel along each axis (default: 1)"
+    )
     rooms.set_defaults(run=_run_rooms)
 
     check = commands.add_parser(
@@ -230,6 +242,9 @@ def _run_rooms(arguments: argparse.Namespace) -> None:
         num_scenes=arguments.scenes,
         seed=arguments.seed,
         num_workers=arguments.workers,
+        image_size=tuple(arguments.image_size),
+        num_frames=arguments.frames,
+        supersampling=arguments.supersampling,
         show_progress=True,
     )
     for name, value in summary.items():
