@@ -45,7 +45,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_run_demo)
 
-    ask = commands.add_parser("ask", help="ask questions about a video")
+    _add_ask(commands.add_parser("ask", help="ask questions about a video"))
+    _add_reconstruct(commands)
+    _add_export(commands)
+
+    precompute = commands.add_parser(
+        "precompute",
+        help="compute the features of frozen encoders once, for training",
+        description="Compute geometry, point tokens and, if wanted, vision features of videos once, for training that reads them. "
+        "Run it again to go on; `accelerate launch trainers/precompute.py` takes the same arguments for several processes.",
+    )
+    add_arguments(precompute)
+    precompute.set_defaults(run=_run_precompute)
+
+    _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
+    return parser
+
+
+def _add_ask(ask: argparse.ArgumentParser) -> None:
     ask.add_argument("video", metavar="VIDEO", help="a video file")
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="a question, in quotes")
     _add_model(ask)
@@ -62,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object per question")
     ask.set_defaults(run=_run_ask)
 
+
+def _add_reconstruct(commands) -> None:
     reconstruct = commands.add_parser(
         "reconstruct",
         help="turn a video into geometry, cameras and a picture",
@@ -114,6 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     reconstruct.set_defaults(run=_run_reconstruct)
 
+
+def _add_export(commands) -> None:
     export = commands.add_parser(
         "export",
         help="write a model as a folder that loads without this package",
@@ -126,18 +147,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--license", dest="license_id", metavar="ID", help="licence of VGGT weights, where their source tells none"
     )
     export.set_defaults(run=_run_export)
-
-    precompute = commands.add_parser(
-        "precompute",
-        help="compute the features of frozen encoders once, for training",
-        description="Compute geometry, point tokens and, if wanted, vision features of videos once, for training that reads them. "
-        "Run it again to go on; `accelerate launch trainers/precompute.py` takes the same arguments for several processes.",
-    )
-    add_arguments(precompute)
-    precompute.set_defaults(run=_run_precompute)
-
-    _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
-    return parser
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:
@@ -247,8 +256,10 @@ def _run_rooms(arguments: argparse.Namespace) -> None:
         supersampling=arguments.supersampling,
         show_progress=True,
     )
-    for name, value in summary.items():
-        print(f"{name}: {value}")
+    for name in ("scenes", "questions"):
+        print(f"{name}: {', '.join(f'{count:,} for {split}' for split, count in summary[name].items())}")
+    print(f"size: {summary['megabytes']} MB")
+    print(f"dataset: {arguments.out} (its README.md has the scores of not looking)")
 
 
 def _run_check(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 """
 Make a data set of furnished rooms: videos, geometry, depth and questions, in the layout of a Hub repository.
 
-    python -m geode.data.synthetic_rooms.dataset --scenes 2000 --out rooms
+    geode data rooms --scenes 2000 --out rooms
 
 The files depend on the options in `world.json` alone: neither on the number of processes nor on how often the work was
 interrupted. Whatever kills it, the same call goes on with the scenes that are missing.
@@ -12,12 +12,10 @@ Convention:
     - Scenes belong to a split by their number, see `SPLIT_OF_TEN`.
 """
 
-import argparse
 import json
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -488,35 +486,3 @@ def build_dataset(
             _write_tables(out, options, pool=pool, show_progress=show_progress)
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
     return summarise_dataset(out)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """
-    Run the command line.
-
-    Args:
-        arguments (`list[str]`, *optional*): Arguments; `None` reads the process's.
-    """
-    parser = argparse.ArgumentParser(description="Make a data set of furnished rooms of known truth.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--scenes", type=int, required=True, help="number of rooms")
-    parser.add_argument("--seed", type=int, default=0, help="non-negative number that decides everything")
-    parser.add_argument("--workers", type=int, help="number of processes")
-    parser.add_argument("--image-size", type=int, nargs=2, default=(120, 160), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--frames", type=int, default=16, help="frames per video")
-    parser.add_argument("--supersampling", type=int, default=1, help="samples per pixel along each axis")
-    options = parser.parse_args(arguments)
-    summary = build_dataset(
-        options.out,
-        num_scenes=options.scenes,
-        seed=options.seed,
-        num_workers=options.workers,
-        image_size=tuple(options.image_size),
-        num_frames=options.frames,
-        supersampling=options.supersampling,
-    )
-    sys.stdout.write(json.dumps(summary, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
