@@ -2,9 +2,9 @@
 """
 The check of a mixture before it is trained on: no scene of the benchmark, no missing media, no row that is not understood.
 
-Scenes are recognised by their ids in the media's paths, whatever the folders are called. Two scans of one ScanNet space
-(`scene0191_00`, `scene0191_01`) show the same room and count as one. ARKitScenes gives each video an id of its own, so two videos
-of one of its rooms are not recognised.
+Scenes are recognised by their ids in a record's paths and in its scene, whatever the folders are called and whatever stands before
+or after them. Two scans of one ScanNet space (`scene0191_00`, `scene0191_01`) show the same room and count as one. ARKitScenes
+gives each video an id of its own, so two videos of one of its rooms are not recognised.
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pyarrow.csv
 import pyarrow.json
@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
 from geode.data.mixtures import Mixture, MixtureSource
+from geode.data.readers import READERS
 from geode.data.schemas import Record
 
 
@@ -29,15 +30,17 @@ MAX_EXAMPLES = 5
 # Numbers beyond these do not occur in rooms; they are in SI.
 PLAUSIBLE_RANGES = {"m": (0.0, 200.0), "m2": (0.0, 5000.0), "count": (0.0, 500.0)}
 PLAUSIBLE_BOX_SIZE_M = (0.0, 50.0)
-# ScanNet, ARKitScenes and ScanNet++ in longer names, such as `42445173_frames`.
-_SCENE_ID = re.compile(r"scene\d{4}_\d{2}|(?<![0-9a-z])\d{8}(?![0-9a-z])|(?<![0-9a-z])[0-9a-f]{10}(?![0-9a-z])")
+# Ids are compared as words joined by underscores: `scene0191-00` and `room_000001.mp4` are found in any longer name.
+_WORD = re.compile(r"[0-9a-z]+")
+_ARKIT_ID = re.compile(r"(?<!\d)\d{8}(?!\d)")  # also behind a letter, as in `v41069025`
 _SCANNET_ID = re.compile(r"(scene\d{4})_\d{2}")
+_OPTION = re.compile(r"^\s*\(?([A-Z])[.)]\s*(.*\S)", flags=re.MULTILINE)
 PROBLEMS = {
     "bad_rows": "rows that are not understood",
     "no_unit": "numbers without a unit",
     "out_of_range": "numbers that no room has",
-    "bad_letters": "letters that are no option",
-    "missing_media": "media that do not exist",
+    "bad_letters": "letters that are no option, or whose option says something else",
+    "missing_media": "videos, images and geometry that do not exist",
     "leaks": "rows about scenes of the benchmark",
     "rescans": "rows about other scans of the benchmark's scenes",
     "no_rows": "no rows at all",
@@ -166,7 +169,7 @@ def benchmark_scenes(benchmark: str | Path, data_root: str | Path = ".") -> set[
         data_root (`str` or `Path`, defaults to `"."`): Where a folder `VSI-Bench` is looked for before the Hub is asked.
 
     Returns:
-        `set[str]`: Ids in lower case.
+        `set[str]`: Ids in lower case, their words joined by underscores.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -182,7 +185,10 @@ def benchmark_scenes(benchmark: str | Path, data_root: str | Path = ".") -> set[
     readers = {
         ".parquet": pyarrow.parquet.read_table,
         ".jsonl": pyarrow.json.read_json,
-        ".csv": pyarrow.csv.read_csv,
+        # Without a type, pyarrow takes ids of digits for numbers, and drops their zeros.
+        ".csv": lambda file: pyarrow.csv.read_csv(
+            file, convert_options=pyarrow.csv.ConvertOptions(column_types={"scene_name": pyarrow.string()})
+        ),
     }
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in readers)
     if not files or any(file.suffix not in readers for file in files):
@@ -198,35 +204,50 @@ def benchmark_scenes(benchmark: str | Path, data_root: str | Path = ".") -> set[
             raise ValueError(f"The benchmark file {file} cannot be read: {' '.join(str(error).split())}.") from error
         if "scene_name" not in table.column_names:
             raise ValueError(f"A benchmark needs a column `scene_name`; {file} has {table.column_names}.")
-        scenes |= {str(name).lower() for name in table["scene_name"].unique().to_pylist() if name is not None}
+        scenes |= {_joined(str(name)) for name in table["scene_name"].unique().to_pylist() if name is not None}
+    scenes.discard("")
     if not scenes:
         raise ValueError(f"The benchmark {benchmark!s} names no scene: its column `scene_name` is empty.")
     return scenes
 
 
-def scene_ids(record: Record) -> set[str]:
+def _joined(text: str) -> str:
+    return "_".join(_WORD.findall(text.lower()))
+
+
+def scene_ids(record: Record, *, num_words: int = 2) -> set[str]:
     """
-    Return all that may be the id of a record's scene: its own, and the parts of its path.
+    Return all that may be the id of a record's scene: every run of words in its paths and its scene.
 
     Args:
         record ([`Record`]): A record.
+        num_words (`int`, defaults to 2): Words of the longest id; `scene0191_00` has two.
 
     Returns:
-        `set[str]`: Candidates in lower case.
+        `set[str]`: Candidates in lower case, words joined by underscores.
 
     Example:
     ```python
     >>> record = Record(
-    ...     uid="0", source="s", media_type="video", media="scannet/videos/scene0191_00.mp4", prompt="", kind="text", answer_text=""
+    ...     uid="0", source="s", media_type="video", media="a/scene0191_00.mp4", prompt="", kind="text", answer_text=""
     ... )
     >>> sorted(scene_ids(record))
-    ['scannet', 'scene0191_00', 'scene0191_00.mp4', 'videos']
+    ['00', '00_mp4', 'a', 'a_scene0191', 'mp4', 'scene0191', 'scene0191_00']
 
     ```
     """
-    path = PurePosixPath(record.media.lower())
-    named = {record.scene.lower()} if record.scene else set()
-    return {*path.parts, path.stem, *_SCENE_ID.findall(str(path)), *named}
+    found = set()
+    for text in (record.media, record.geometry, record.scene):
+        if text is None:
+            continue
+        words = _WORD.findall(text.lower())
+        found |= {
+            "_".join(words[start : start + count])
+            for count in range(1, num_words + 1)
+            for start in range(len(words) - count + 1)
+        }
+        found.update(_ARKIT_ID.findall(text))
+    return found
 
 
 def _rooms(ids: set[str]) -> set[str]:
@@ -255,9 +276,12 @@ def _check_box(report: SourceReport, record: Record) -> None:
 
 
 def _check_letter(report: SourceReport, record: Record) -> None:
-    options = re.findall(r"^([A-Z])\.\s", record.prompt, flags=re.MULTILINE)
-    if options and record.letter not in options:
-        report.add("bad_letters", f"{record.uid}: {record.letter} of {options}")
+    options = dict(_OPTION.findall(record.prompt))
+    if not options:
+        return
+    said = record.answer_text[1:].lstrip(". ").strip()
+    if record.letter not in options or (said and said.casefold() != options[record.letter].casefold()):
+        report.add("bad_letters", f"{record.uid}: {record.answer_text!r:.80} of {sorted(options)}")
 
 
 def check_source(
@@ -269,7 +293,7 @@ def check_source(
     report: SourceReport,
 ) -> SourceReport:
     """
-    Read one dataset and count what is wrong with it.
+    Read one dataset and count what is wrong with it. A benchmark is wrong as a whole.
 
     Args:
         source ([`MixtureSource`]): The dataset.
@@ -282,6 +306,8 @@ def check_source(
         [`SourceReport`]: The report.
     """
     rooms, exists = _rooms(scenes), {}
+    num_words = max((scene.count("_") + 1 for scene in scenes), default=1)
+    is_benchmark = READERS[source.reader].REPO_ID in BENCHMARKS.values()
     checks = {"number": _check_number, "box": _check_box, "choice": _check_letter}
     for row in stream:
         record = Record.from_dict(row)
@@ -290,19 +316,19 @@ def check_source(
         report.suspect += record.label_suspect
         if record.kind in checks:
             checks[record.kind](report, record)
-        ids = scene_ids(record)
+        ids = scene_ids(record, num_words=num_words) if scenes else set()
         found = ids & scenes
-        if found:
+        if found or is_benchmark:
             report.scenes |= found
             report.add("leaks", f"{record.uid}: {record.media}")
         elif rooms and _rooms(ids) & rooms:
             report.scenes |= _rooms(ids) & rooms
             report.add("rescans", f"{record.uid}: {record.media}")
-        if media_folder is not None:
-            if record.media not in exists:
-                exists[record.media] = (media_folder / record.media).exists()
-                if not exists[record.media]:
-                    report.add("missing_media", str(media_folder / record.media))
+        for path in (record.media, record.geometry) if media_folder is not None else ():
+            if path is not None and path not in exists:
+                exists[path] = (media_folder / path).exists()
+                if not exists[path]:
+                    report.add("missing_media", str(media_folder / path))
     if report.rows == 0:
         report.add("no_rows", source.path)
     return report
@@ -340,7 +366,11 @@ def check_mixture(
         stream = source.stream(data_root, seed=mixture.seed, suspect_labels=mixture.suspect_labels, on_error=note)
         stream = tqdm(stream, desc=report.name, unit=" rows", disable=not show_progress)
         folder = source.media_folder(data_root) if checks_media else None
-        reports.append(check_source(source, stream, media_folder=folder, scenes=scenes, report=report))
+        try:
+            check_source(source, stream, media_folder=folder, scenes=scenes, report=report)
+        except ValueError as error:  # a file that is broken as a whole; the other datasets are still of interest
+            note("", 0, str(error))
+        reports.append(report)
     return MixtureReport(mixture.name, None if benchmark is None else str(benchmark), len(scenes), reports)
 
 

@@ -11,17 +11,22 @@ import hashlib
 import importlib.resources
 import json
 import logging
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import yaml
 from datasets import Dataset, IterableDataset, interleave_datasets
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, snapshot_download
 
+from geode.data import readers as _readers
+from geode.data import schemas
 from geode.data.readers import READERS
 from geode.data.readers.common import RECORD_FEATURES
 from geode.data.readers.streams import list_files, read_records
+from geode.modeling_geode import answers_geode
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +53,8 @@ class MixtureSource:
         fraction (`float`, defaults to 1.0): Share of the rows that is taken.
         weight (`float`, defaults to 1.0): How often a row of this dataset is drawn, beside the others' weights. Weights in
             proportion to the numbers of rows spread every dataset evenly over the whole.
+        skip_missing_media (`bool`, defaults to `False`): Leave out rows whose video or image is not there, and say how many.
+        options (`dict`, *optional*): Options of the reader, such as `geometry_pattern` of the readers of boxes.
     """
 
     reader: str
@@ -58,21 +65,32 @@ class MixtureSource:
     media_root: str | None = None
     fraction: float = 1.0
     weight: float = 1.0
+    skip_missing_media: bool = False
+    options: dict | None = None
 
     def __post_init__(self):
-        if self.reader not in READERS:
+        if not isinstance(self.reader, str) or self.reader not in READERS:
             raise ValueError(f"`reader` must be one of {sorted(READERS)}, got {self.reader!r}.")
         for name in ("path", "repo_id", "revision", "media_root"):
             value = getattr(self, name)
             if not (isinstance(value, str) and value) and (name == "path" or value is not None):
                 raise ValueError(f"`{name}` of {self.reader} must be text, in quotes if it is digits, got {value!r}.")
         if self.data_files is not None and not (
-            isinstance(self.data_files, list) and all(isinstance(item, str) for item in self.data_files)
+            isinstance(self.data_files, list)
+            and self.data_files
+            and all(isinstance(item, str) for item in self.data_files)
         ):
             raise ValueError(f"`data_files` of {self.reader} must be a list of patterns, got {self.data_files!r}.")
+        if not isinstance(self.skip_missing_media, bool):
+            raise ValueError(
+                f"`skip_missing_media` of {self.reader} must be true or false, got {self.skip_missing_media!r}."
+            )
+        if self.options is not None and not isinstance(self.options, dict):
+            raise ValueError(f"`options` of {self.reader} must be a mapping, got {self.options!r}.")
         for name, most in (("fraction", 1.0), ("weight", float("inf"))):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= most:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or not 0.0 < value <= most:
                 raise ValueError(f"`{name}` of {self.reader} must lie in (0, {most:g}], got {value!r}.")
 
     def root(self, data_root: str | Path) -> Path:
@@ -133,11 +151,14 @@ class MixtureSource:
         Returns:
             `IterableDataset`: Records as dicts.
         """
-        stream = read_records(self.reader, self.root(data_root), data_files=self.data_files, on_error=on_error)
+        root, options = self.root(data_root), self.options or {}
+        stream = read_records(self.reader, root, data_files=self.data_files, on_error=on_error, **options)
         drops_suspect = suspect_labels == "drop"
         if self.fraction < 1.0 or drops_suspect:
             settings = {"seed": seed, "fraction": self.fraction, "drops_suspect": drops_suspect}
             stream = stream.filter(_is_taken, fn_kwargs=settings)
+        if self.skip_missing_media:
+            stream = stream.filter(_ExistingMedia(self.reader, self.media_folder(data_root)))
         return stream.map(_trusted) if suspect_labels == "keep" else stream
 
 
@@ -230,34 +251,53 @@ class Mixture:
         streams = [source.stream(data_root, **settings) for source in self.sources]
         return split_dataset_by_node(self._interleaved(streams, epoch), rank=rank, world_size=world_size)
 
-    def load(self, data_root: str | Path = ".", *, epoch: int = 0, cache_dir: str | Path | None = None) -> Dataset:
+    def load(
+        self,
+        data_root: str | Path = ".",
+        *,
+        epoch: int = 0,
+        cache_dir: str | Path | None = None,
+        on_error: str = "raise",
+    ) -> Dataset:
         """
         Read the mixture into memory-mapped Arrow files, or find it there, for training.
 
-        Each dataset is written once; another fraction, seed or file writes it anew. With several processes let the first
-        come first (`accelerate.PartialState().main_process_first()`).
+        Each dataset is written once; another fraction, seed, option, annotation file or version of its reader writes it
+        anew. Media are looked for (`skip_missing_media`) only then. With several processes let the first come first
+        (`accelerate.PartialState().main_process_first()`).
 
         Args:
             data_root (`str` or `Path`, defaults to `"."`): Folder of the datasets.
             epoch (`int`, defaults to 0): Another epoch shuffles and interleaves the datasets anew.
             cache_dir (`str` or `Path`, *optional*): Where the Arrow files go; the default is the `datasets` library's.
+            on_error (`str`, defaults to `"raise"`): What a malformed row does: `"raise"`, or `"skip"` with a count in the log.
 
         Returns:
             `Dataset`: Records as dicts, each once. `Record.from_dict(dataset[0])` is the first.
+
+        Raises:
+            ValueError: If a row is malformed.
         """
+        settings = {"seed": self.seed, "suspect_labels": self.suspect_labels, "on_error": on_error}
         parts = []
         for number, source in enumerate(self.sources):
-            part = Dataset.from_generator(
-                _iterate,
-                features=RECORD_FEATURES,
-                gen_kwargs={
-                    "source": source,
-                    "data_root": str(data_root),
-                    "settings": {"seed": self.seed, "suspect_labels": self.suspect_labels},
-                    "stamp": _stamp(source, source.root(data_root)),
-                },
-                cache_dir=None if cache_dir is None else str(cache_dir),
-            )
+            try:
+                part = Dataset.from_generator(
+                    _iterate,
+                    features=RECORD_FEATURES,
+                    gen_kwargs={
+                        "source": source,
+                        "data_root": str(data_root),
+                        "settings": settings,
+                        "stamp": _stamp(source, source.root(data_root)),
+                    },
+                    cache_dir=None if cache_dir is None else str(cache_dir),
+                )
+            except DatasetGenerationError as error:
+                raise ValueError(
+                    f"The records of {source.reader} cannot be written: {error.__cause__} Correct the row, or pass "
+                    "`on_error='skip'`."
+                ) from error
             parts.append(part.shuffle(seed=_mixed_seed(self.seed, epoch, number), load_from_cache_file=False))
         return self._interleaved(parts, epoch)
 
@@ -301,6 +341,10 @@ def _known_fields(kind: type, content, what: str) -> dict:
     unknown = sorted(str(key) for key in content if key not in names)
     if unknown:
         raise ValueError(f"{what} must have the keys {names}, got also {unknown}.")
+    required = {entry.name for entry in fields(kind) if entry.default is entry.default_factory is MISSING}
+    missing = sorted(required - content.keys() - {"name"})
+    if missing:
+        raise ValueError(f"{what} must have the keys {sorted(required)}, and it lacks {missing}.")
     return dict(content)
 
 
@@ -322,10 +366,40 @@ def _iterate(source: MixtureSource, data_root: str, settings: dict, stamp: str):
     yield from source.stream(data_root, **settings)
 
 
+class _ExistingMedia:
+    """Keeps the records whose medium exists, and counts the others in the log: the first, tenth, hundredth, ..."""
+
+    def __init__(self, reader: str, folder: Path):
+        self.reader, self.folder = reader, folder
+        self.known: dict[str, bool] = {}
+        self.num_skipped = 0
+
+    def __call__(self, record: dict) -> bool:
+        media = record["media"]
+        if media not in self.known:
+            self.known[media] = (self.folder / media).exists()
+        if not self.known[media]:
+            self.num_skipped += 1
+            if self.num_skipped == 10 ** (len(str(self.num_skipped)) - 1):
+                logger.warning(
+                    "%s: skipped %d rows without their video or image; %s is not in %s.",
+                    self.reader,
+                    self.num_skipped,
+                    media,
+                    self.folder,
+                )
+        return self.known[media]
+
+
 def _stamp(source: MixtureSource, root: Path) -> str:
-    """Return what changes with the files; text, since a list would be taken for shards."""
+    """Return what changes with the files and with the code that reads them; text, since a list would be taken for shards."""
+    others = (root / file for file in getattr(READERS[source.reader], "OTHER_FILES", ()))
     files = [root / file for file in list_files(source.reader, root, source.data_files)]
-    return json.dumps([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    files += [file for file in others if file.is_file()]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    code = sorted([Path(schemas.__file__), Path(answers_geode.__file__), *Path(_readers.__file__).parent.glob("*.py")])
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()
+    return json.dumps([digest, stamps])
 
 
 def _mixed_seed(*parts: int) -> int:

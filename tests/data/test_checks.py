@@ -81,17 +81,36 @@ def test_check_refuses_a_scene_of_the_benchmark(data, tmp_path, scene, problem):
         ("scannetpp/0A5C013435.mp4", "0a5c013435"),
         ("rooms/room_000017.mp4", "room_000017"),
         ("s3dis/area_1/Area_1_office_1.mp4", "area_1_office_1"),
+        ("x/scene0191-00.mp4", "scene0191_00"),
+        ("arkit/v41069025.mp4", "41069025"),
+        ("rooms/room_000001_frames/1.jpg", "room_000001"),
+        ("rooms/room_000001-clip.mp4", "room_000001"),
     ],
 )
 def test_scene_ids_are_found_wherever_they_stand_in_a_path(media, scene):
     record = Record(uid="0", source="s", media_type="video", media=media, prompt="", kind="text", answer_text="")
-    assert scene in scene_ids(record)
+    assert scene in scene_ids(record, num_words=4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"geometry": "geometry/scene0191_00"},
+        {"scene": "scannet/Scene0191_00"},
+        {"scene": "scene0191_00_v2"},
+    ],
+)
+def test_scene_ids_are_found_in_geometry_and_scene(fields):
+    record = Record(
+        uid="0", source="s", media_type="video", media="clips/1.mp4", prompt="", kind="text", answer_text="", **fields
+    )
+    assert "scene0191_00" in scene_ids(record)
 
 
 def test_scene_ids_take_no_part_of_a_longer_number():
     media = "coco/train2017/000000123456.jpg"
     record = Record(uid="0", source="s", media_type="image", media=media, prompt="", kind="text", answer_text="")
-    assert scene_ids(record) == {"coco", "train2017", "000000123456.jpg", "000000123456"}
+    assert scene_ids(record, num_words=1) == {"coco", "train2017", "000000123456", "jpg"}
 
 
 def test_scene_ids_include_the_one_that_a_row_names():
@@ -106,6 +125,39 @@ def test_scene_ids_include_the_one_that_a_row_names():
         scene="Scene0001_00",
     )
     assert "scene0001_00" in scene_ids(record)
+
+
+def test_benchmark_of_digits_in_csv_keeps_its_zeros(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("scene_name\n0123456789\n0123456780\n")
+    assert benchmark_scenes(path) == {"0123456789", "0123456780"}
+
+
+def test_check_refuses_the_benchmark_itself_whatever_it_is_compared_with(tmp_path):
+    row = {"id": 1, "dataset": "scannet", "scene_name": "scene0001_00", "question_type": "object_counting"}
+    row |= {"question": "How many chairs?", "ground_truth": "4", "options": None, "pruned": False}
+    write_lines(tmp_path / "VSI-Bench" / "test.jsonl", [row])
+    (source,) = check_mixture(mixture_of("vsi_bench", "VSI-Bench"), tmp_path, checks_media=False).sources
+    assert found(source) == {"leaks": 1}
+
+
+def test_check_reports_a_broken_file_and_goes_on_with_the_next_dataset(data):
+    (data / "ViCA-322K" / "scannet" / "base" / "object_count.json").write_text('[{"video": "a.mp4", ')
+    sources = [MixtureSource(reader="vica", path="ViCA-322K"), MixtureSource(reader="vsi_590k", path="VSI-590K")]
+    report = check_mixture(Mixture(name="own", sources=sources), data)
+    assert report.sources[0].problems["bad_rows"] == 1
+    assert "object_count.json" in report.sources[0].examples["bad_rows"][0]
+    assert (report.sources[1].rows, found(report.sources[1])) == (300, {})
+
+
+def test_check_looks_for_geometry(tmp_path):
+    row = {"video": "a.mp4", "question": "How far (in meters)?", "answer": "2.0", "geometry": "geometry/a"}
+    write_lines(tmp_path / "own" / "rows.jsonl", [row])
+    touch(tmp_path / "own" / "a.mp4")
+    (source,) = check_mixture(mixture_of("jsonl", "own"), tmp_path).sources
+    assert found(source) == {"missing_media": 1}
+    (tmp_path / "own" / "geometry" / "a").mkdir(parents=True)
+    assert check_mixture(mixture_of("jsonl", "own"), tmp_path).has_passed
 
 
 def test_check_lists_rows_that_are_not_understood_and_reads_on(tmp_path):
@@ -134,6 +186,8 @@ def test_check_finds_missing_media_and_counts_each_once(data):
         ("How many chairs are there?", "600", "out_of_range"),
         ("How much?", "3.5", "no_unit"),
         (CHOICE, "C", "bad_letters"),
+        (CHOICE, "A. sofa", "bad_letters"),
+        ("<image>\nWhich?\n(A) lamp\n  B) sofa", "C", "bad_letters"),
     ],
 )
 def test_check_finds_answers_that_cannot_be(tmp_path, question, answer, problem):
@@ -149,6 +203,7 @@ def test_check_finds_answers_that_cannot_be(tmp_path, question, answer, problem)
         ("How big is the room (in square feet)?", "215.3"),
         ("How many chairs are there?", "0"),
         (CHOICE, "B"),
+        (CHOICE, "B. Sofa"),
         ("Which one?", "C"),
     ],
 )

@@ -158,6 +158,47 @@ def test_data_files_choose_a_part_of_a_dataset(data):
     assert {record["subset"] for record in source.stream(data)} == {"complex"}
 
 
+def test_load_notices_the_list_of_withdrawn_rows(tmp_path):
+    make_data(tmp_path)
+    mixture = Mixture(name="one", sources=[MixtureSource(reader="vlm_3r", path="VLM-3R-DATA")])
+    before = mixture.load(tmp_path, cache_dir=tmp_path / "cache")
+    assert (len(before), sum(before["label_suspect"])) == (120, 60)
+    erratum = tmp_path / "VLM-3R-DATA" / "vstibench_train" / "erratum_dropped_items.json"
+    erratum.write_text('["camera_displacement-3"]')
+    after = mixture.load(tmp_path, cache_dir=tmp_path / "cache")
+    assert (len(after), sum(after["label_suspect"])) == (119, 0)
+    erratum.unlink()
+    assert sum(mixture.load(tmp_path, cache_dir=tmp_path / "cache")["label_suspect"]) == 60
+
+
+def test_load_names_a_bad_row_or_skips_it(tmp_path):
+    mixture = Mixture(name="one", sources=[MixtureSource(reader="vsi_590k", path="VSI-590K")])
+    rows = [vsi_row(0), {**vsi_row(1), "conversations": []}, vsi_row(2)]
+    write_lines(tmp_path / "VSI-590K" / "vsi_590k.jsonl", rows)
+    with pytest.raises(ValueError, match=r"vsi_590k cannot be written: Row 1 of vsi_590k\.jsonl .* `on_error='skip'`"):
+        mixture.load(tmp_path, cache_dir=tmp_path / "cache")
+    assert len(mixture.load(tmp_path, cache_dir=tmp_path / "cache", on_error="skip")) == 2
+
+
+def test_rows_without_their_media_are_left_out_if_asked(tmp_path, caplog):
+    make_data(tmp_path, num_vsi=70)
+    (tmp_path / "VSI-590K" / "scannet" / "scene0002_00.mp4").unlink()
+    source = MixtureSource(reader="vsi_590k", path="VSI-590K", skip_missing_media=True)
+    with caplog.at_level(logging.WARNING):
+        kept = list(source.stream(tmp_path))
+    # Of 70 rows about 7 scenes, ten are about the third.
+    assert len(kept) == 60
+    assert "skipped 10 rows without their video or image; scannet/scene0002_00.mp4 is not in" in caplog.text
+    assert len(Mixture(name="one", sources=[source]).load(tmp_path, cache_dir=tmp_path / "cache")) == 60
+
+
+def test_options_reach_the_reader(tmp_path):
+    make_data(tmp_path)
+    options = {"dropped_ids": ["camera_displacement-3"]}
+    source = MixtureSource(reader="vlm_3r", path="VLM-3R-DATA", options=options)
+    assert len(list(source.stream(tmp_path))) == 119
+
+
 def test_patterns_include_the_list_of_withdrawn_rows():
     source = MixtureSource(reader="vlm_3r", path="VLM-3R-DATA", data_files=["vstibench_train/*.json"])
     assert source.patterns == ["vstibench_train/*.json", "vstibench_train/erratum_dropped_items.json"]
@@ -190,6 +231,15 @@ def test_from_yaml_takes_the_name_of_its_file(tmp_path):
         ("sources: [{reader: vica, path: x, weight: -1}]", "`weight` of vica"),
         ("sources: [{reader: vica, path: x, revision: 1234567}]", "`revision` .* in quotes .* got 1234567"),
         ("sources: [{reader: vica, path: x, data_files: y}]", "`data_files` of vica must be a list"),
+        (
+            "sources: [{reader: vica, path: x, data_files: []}]",
+            r"`data_files` of vica must be a list of patterns, got \[\]",
+        ),
+        ("sources: [{reader: vica}]", r"lacks \['path'\]"),
+        ("sources: [{reader: [a], path: x}]", r"`reader` must be one of .* got \['a'\]"),
+        ("sources: [{reader: vica, path: x, weight: .inf}]", "got inf"),
+        ("sources: [{reader: vica, path: x, skip_missing_media: 1}]", "must be true or false, got 1"),
+        ("sources: [{reader: vica, path: x, options: [a]}]", r"must be a mapping, got \['a'\]"),
         ("suspect_labels: hide\nsources: [{reader: vica, path: x}]", "`suspect_labels` must be one of"),
         ("seed: -1\nsources: [{reader: vica, path: x}]", "`seed` must be a whole number from 0, got -1"),
     ],
