@@ -12,6 +12,7 @@ Convention:
     - Paths are relative to the root of the dataset's media, with forward slashes.
 """
 
+import math
 import re
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -253,6 +254,9 @@ def number_fields(answer: str, question: str, question_type: str | None = None) 
         `dict`, *optional*: `value`, `unit`, `value_si` (None where the unit is not known) and `decimals`; None if the answer
         is not a plain decimal number.
 
+    Raises:
+        ValueError: If the number is beyond what a float holds.
+
     Example:
     ```python
     >>> number_fields("5.6", "What is the distance in feet between the lamp and the sink?")
@@ -264,6 +268,8 @@ def number_fields(answer: str, question: str, question_type: str | None = None) 
     if match is None:
         return None
     value, decimals = float(match[0]), len(match[1] or "")
+    if math.isinf(value):
+        raise ValueError(f"A number must be one that a float holds, got {answer!r:.200}. Correct it, or leave it out.")
     if question_type and "direction" in question_type:
         return {"value": value, "unit": UNKNOWN_ANGLE_UNIT, "value_si": None, "decimals": decimals}
     unit = number_unit(question, question_type)

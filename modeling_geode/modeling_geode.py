@@ -480,9 +480,11 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
 
         loss = ce_loss = regression_loss = regression_values = None
         if labels is not None:
-            ce_loss = loss = self.loss_function(
+            ce_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
+            # The mean over no labels is not a number, though its gradients are 0.
+            ce_loss = loss = torch.where((labels[:, 1:] != -100).any().to(ce_loss.device), ce_loss, 0.0)
         if regression_targets is not None and input_ids is None:
             raise ValueError(
                 "`regression_targets` need `input_ids`, which say where the control tokens are; got None."
@@ -526,7 +528,8 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
         """
         if num_regression_targets is not None or num_items_in_batch is None or labels is None:
             return loss
-        return loss * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+        num_labels = (labels[:, 1:] != -100).sum()
+        return loss * torch.where(num_labels > 0, num_labels / num_items_in_batch, 0.0)
 
 
 def prepared_mask(attention_mask, config, *, dtype: torch.dtype):

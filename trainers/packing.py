@@ -51,6 +51,14 @@ class TokenRow:
         """Return the tokens from `start` to `end`."""
         return replace(self, **{name: getattr(self, name)[start:end] for name in _ALIGNED})
 
+    def without_targets(self) -> "TokenRow":
+        """Return the same tokens with nothing to learn."""
+        return replace(
+            self,
+            labels=torch.full_like(self.labels, IGNORED_LABEL),
+            regression_targets=torch.full_like(self.regression_targets, torch.nan),
+        )
+
 
 _ALIGNED = ("input_ids", "labels", "mm_token_type_ids", "regression_targets")
 

@@ -37,6 +37,7 @@ from geode.data.feature_store import (
     shard_name,
     store_options,
 )
+from geode.data.readers.rows import iter_lines, parse_line
 from geode.data.schemas import media_path
 from geode.modeling_geode.collation_geode import CLOUD_INPUTS, collate_scenes
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
@@ -119,10 +120,11 @@ def list_items(
 
     Raises:
         FileNotFoundError: If there is nothing at `videos`.
-        ValueError: If there is no video, a path leads out of the root, or a video has two geometries.
+        ValueError: If there is no video, a line is no record, a path leads out of the root, or a video has two geometries.
     """
     videos = Path(videos)
     root = Path(media_root) if media_root is not None else videos if videos.is_dir() else videos.parent
+    pairs: list[tuple[str, str | None]]
     if not videos.exists():
         raise FileNotFoundError(f"`videos` must be a folder or a list, and there is nothing at {videos}.")
     if videos.is_dir():
@@ -133,10 +135,10 @@ def list_items(
     elif videos.suffix == ".jsonl":
         if geometry is not None:
             raise ValueError("`geometry` is for folders and plain lists; records name their own. Leave it out.")
-        rows = [json.loads(line) for line in videos.read_text(encoding="utf-8").splitlines() if line.strip()]
-        pairs = [(row["media"], row.get("geometry")) for row in rows if row.get("media_type", "video") == "video"]
+        pairs = list(_pairs_of_records(videos))
     else:
-        lines = [line.strip() for line in videos.read_text(encoding="utf-8").splitlines()]
+        # Other ends of lines, as Python knows them, may stand in a name.
+        lines = [line.strip(" \t\r") for line in videos.read_bytes().decode("utf-8-sig").split("\n")]
         pairs = [(line, None) for line in lines if line and not line.startswith("#")]
     items: dict[str, VideoItem] = {}
     for path, given in pairs:
@@ -152,6 +154,24 @@ def list_items(
     if not items:
         raise ValueError(f"At least one video is needed, and {videos} has none. Known suffixes are {VIDEO_SUFFIXES}.")
     return [items[path] for path in sorted(items)], root
+
+
+def _pairs_of_records(path: Path) -> Iterator[tuple[str, str | None]]:
+    """The videos of records and their geometries."""
+    for number, line in iter_lines(path):
+        try:
+            row = parse_line(line)
+            if row.get("media_type", "video") != "video":
+                continue
+            if not isinstance(row.get("media"), str) or not isinstance(row.get("geometry"), str | None):
+                raise ValueError(
+                    "A record must have its video's path as `media`, and `geometry` as text if it has any; got "
+                    f"{row.get('media')!r:.200} and {row.get('geometry')!r:.200}."
+                )
+            media_path(row["media"])
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {path} is no record of a video: {error}") from error
+        yield row["media"], row.get("geometry")
 
 
 # ---- the work ----
@@ -483,7 +503,13 @@ def _plan_name(number: int) -> str:
 
 
 def _read_plan(path: Path) -> list[dict]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    """The rows of a group; none if there is no such file, or it is damaged, since it can be made again."""
+    try:
+        rows = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return []
+    is_plan = isinstance(rows, list) and all(isinstance(row, dict) and "stamp" in row for row in rows)
+    return rows if is_plan and all("key" in row or "error" in row for row in rows) else []
 
 
 def _leftovers(out: Path) -> list[Path]:

@@ -118,7 +118,8 @@ class SceneLoader:
 
         Raises:
             FileNotFoundError: If there is no such medium or geometry.
-            ValueError: If the medium or its geometry cannot be read or is missing.
+            ValueError: If the medium or its geometry cannot be read or is missing, or the question counts more frames than
+                the video has.
         """
         key = scene_key(record)
         if key not in self._cache:
@@ -183,10 +184,16 @@ class SceneLoader:
             tensors = self.processor.prepare_scene(
                 video=path, geometry=geometry, num_frames=record.num_frames, use_geometry=self.use_geometry
             )
+            num_frames = tensors["pixel_values_videos"].shape[2]
+            if num_frames < (record.num_frames or 0):
+                raise ValueError(
+                    f"The question counts {record.num_frames} frames, and the video has only {num_frames}, so that none of them "
+                    "is the one that is meant. Leave the record out, or correct its `num_frames`."
+                )
         except ValueError as error:
             raise ValueError(f"The medium of record {record.uid!r}, {path}: {error}") from error
         num_rationale_tokens = self.processor.num_rationale_tokens * self.use_geometry
-        place = ScenePlace(tensors["pixel_values_videos"].shape[2], range(num_rationale_tokens))
+        place = ScenePlace(num_frames, range(num_rationale_tokens))
         return SceneMedia({"type": "scene", "scene": place}, dict(tensors), geometry)
 
     def _find_stored(self, record: Record) -> StoredScene | None:

@@ -3,6 +3,7 @@
 
 import functools
 import json
+import math
 from pathlib import PurePosixPath
 
 from datasets import Features, List, Value
@@ -33,19 +34,21 @@ RECORD_FEATURES = Features(
         "label_suspect": Value("bool"),
     }
 )
+MAX_FRAMES = 10_000  # a question that counts on more of them means something else
 # Folders of scans whose videos are named after their scenes.
 SCAN_FOLDERS = frozenset(("arkitscenes", "scannet", "scannetpp", "scannetppv2"))
 
 
 def names_its_row(read):
     """
-    Make a function's errors about a row name the file and the row.
+    Make a function's errors about a row name the file and the row, and refuse records that no table can hold.
 
     Args:
         read (`Callable`): A reader's `record_from_row`.
 
     Returns:
-        `Callable`: The same with a message in front of those of its ValueErrors.
+        `Callable`: The same with a message in front of those of its ValueErrors. A number that is too large or a list that
+        is nested too deep is one as well.
     """
 
     @functools.wraps(read)
@@ -53,11 +56,36 @@ def names_its_row(read):
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"A row must be an object, got {row!r:.200}.")
-            return read(row, file=file, index=index, **options)
-        except ValueError as error:
+            record = read(row, file=file, index=index, **options)
+            if record is not None:
+                _check_fields(record)
+            return record
+        except (ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"Row {index} of {file} cannot be read: {error}") from error
 
     return record_from_row
+
+
+def _check_fields(record: Record) -> None:
+    """Refuse text that is not Unicode and numbers that are not finite: Arrow cannot write the one, nor a model learn the other."""
+    texts = [record.uid, record.media, record.prompt, record.answer_text, record.question_type, record.rationale]
+    texts += [record.final, record.subset, record.scene, record.geometry, record.unit]
+    if record.conversation is not None:
+        texts += [text for pair in record.conversation for text in pair]
+    for text in texts:
+        if text is not None and not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"Text must be Unicode, and {text!r:.200} has half of a surrogate pair at {error.start}. Write the whole "
+                    "character, or leave it out."
+                ) from error
+    numbers = record.box if record.value is None else (record.value, record.value_si or 0.0)
+    if numbers is not None and not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"Numbers must be finite, got {numbers} of the answer {record.answer_text!r:.200}. Correct the row, or leave it out."
+        )
 
 
 def text_of(row: dict, name: str) -> str:
@@ -188,6 +216,7 @@ def paths_of(names: dict[str, str], media_pattern: str, geometry_pattern: str | 
 
 __all__ = [
     "CONVERSATIONS",
+    "MAX_FRAMES",
     "RECORD_FEATURES",
     "SCAN_FOLDERS",
     "TEXT",

@@ -14,15 +14,19 @@ or a question and its answer:
     {"video": "d.mp4", "prompt": "Locate the lamp.", "box": [1.0, 2.0, 0.5, 0.4, 0.4, 1.0, 0.0], "geometry": "geometry/d"}
 
 - `video`, `image`, or `media` with an ending that says which (otherwise `media_type`), relative to the media root.
-- `prompt` or `question`. Options without letters get them, and follow the prompt unless it has them already.
-- `answer`: text, a number, a letter, or an option's text. `unit`: that of the number, where the question does not name it.
+- `prompt` or `question`. Options get letters, `A. lamp` (or have them, as `A. lamp`, `A) lamp` or `(A) lamp`), and follow the
+  prompt unless it has them already.
+- `answer`: text, a number, a letter, an option's text, or both (`B. sofa`). `unit`: that of the number, where the question
+  does not name it; in a conversation of one question as well.
 - `box`: seven numbers in metres and radians, in the frame that the scene's geometry was built from.
-- `rationale`, `final`, `question_type`, `subset`, `scene`, `geometry`, `num_frames`, `id`: as they are. Other fields are
-  ignored, unless they look like one of these misspelt.
+- `rationale`, `final`, `question_type`, `subset`, `scene`, `geometry`, `num_frames`: as they are. `id` and other fields are
+  ignored, but for those that look like one of these misspelt. A record is named after its file and row.
 """
 
 import difflib
 import json
+import math
+import re
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -30,7 +34,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, List, Value
 
-from geode.data.readers.common import CONVERSATIONS, TEXT, names_its_row, optional_text, text_of
+from geode.data.readers.common import CONVERSATIONS, MAX_FRAMES, TEXT, names_its_row, optional_text, text_of
 from geode.data.schemas import (
     CHOICE_POST_PROMPT,
     MEDIA_TYPES,
@@ -63,6 +67,7 @@ _ENDINGS = {
     **dict.fromkeys((".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"), "video"),
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "image"),
 }
+_LETTERED = re.compile(r"\(?([A-Z])(?:[.)]\s*(.*))?", flags=re.DOTALL)
 
 
 @names_its_row
@@ -85,14 +90,15 @@ def record_from_row(row: dict, *, file: str, index: int) -> Record:
     media_type, media = _medium(row)
     fields: dict[str, Any] = {name: optional_text(row, name) for name in _TEXT_FIELDS}
     if row.get("conversations") is not None:
-        answer = conversation_fields(row["conversations"], fields["question_type"])
+        answer = _in_unit(conversation_fields(row["conversations"], fields["question_type"]), row.get("unit"))
     else:
         answer = _question_and_answer(row, fields["question_type"])
     if fields["geometry"] is not None:
         fields["geometry"] = media_path(fields["geometry"])
     num_frames = row.get("num_frames")
-    if num_frames is not None and (not isinstance(num_frames, int) or isinstance(num_frames, bool) or num_frames < 1):
-        raise ValueError(f"`num_frames` must be a whole number of at least 1, got {num_frames!r}.")
+    is_whole = isinstance(num_frames, int) and not isinstance(num_frames, bool)
+    if num_frames is not None and not (is_whole and 1 <= num_frames <= MAX_FRAMES):
+        raise ValueError(f"`num_frames` must be a whole number from 1 to {MAX_FRAMES}, got {num_frames!r:.200}.")
     return Record(
         uid=f"{NAME}:{file}:{index}",
         source=NAME,
@@ -138,24 +144,42 @@ def _question_and_answer(row: dict, question_type: str | None) -> dict:
         return {"prompt": prompt, **_box_fields(row)}
     answer, unit, options = row.get("answer"), row.get("unit"), row.get("options")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = np.format_float_positional(answer, trim="-")
+        answer = _decimal(answer)
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"`answer` must be text or a number, got {answer!r:.200}.")
     if options:
         prompt, answer = _with_options(prompt, answer.strip(), options)
-    fields = answer_fields(strip_media_tokens(answer), prompt, question_type)
-    if unit is not None:
-        if fields["kind"] != "number":
-            raise ValueError(f"A row with a `unit` must have a number as its answer, got {answer!r:.200}.")
-        unit = parse_unit(unit)
-        fields.update(unit=unit, value_si=float(f"{convert_to_si(fields['value'], unit):.7g}"))
-    return {"prompt": prompt, **fields}
+    return {"prompt": prompt, **_in_unit(answer_fields(strip_media_tokens(answer), prompt, question_type), unit)}
+
+
+def _decimal(number: float) -> str:
+    try:
+        is_finite = math.isfinite(number)
+    except OverflowError:  # a whole number beyond what a float holds
+        is_finite = False
+    if not is_finite:
+        raise ValueError(f"`answer` must be text or a finite number, got {number!r:.200}.")
+    return np.format_float_positional(number, trim="-")
+
+
+def _in_unit(fields: dict, unit: str | None) -> dict:
+    """Return the fields of an answer, its number in `unit` if the row names one."""
+    if unit is None:
+        return fields
+    if fields["kind"] != "number":
+        raise ValueError(f"A row with a `unit` must have a number as its answer, got {fields['answer_text']!r:.200}.")
+    unit = parse_unit(unit)
+    return {**fields, "unit": unit, "value_si": float(f"{convert_to_si(fields['value'], unit):.7g}")}
 
 
 def _box_fields(row: dict) -> dict:
+    if row.get("unit") is not None:
+        raise ValueError(
+            f"A `box` is in metres and radians, and has no `unit`; got {row['unit']!r:.200}. Leave it out."
+        )
     try:
         box = np.asarray(row["box"], dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         box = np.empty(0)
     if box.shape != (7,) or not np.isfinite(box).all() or not (box[3:6] > 0).all():
         raise ValueError(f"`box` must be cx, cy, cz, dx, dy, dz, yaw with sizes above 0, got {row['box']!r:.200}.")
@@ -168,15 +192,32 @@ def _with_options(prompt: str, answer: str, options: list[str]) -> tuple[str, st
     if not isinstance(options, list) or len(options) > 26 or not all(isinstance(option, str) for option in options):
         raise ValueError(f"`options` must be a list of at most 26 texts, got {options!r:.200}.")
     letters = [chr(ord("A") + number) for number in range(len(options))]
-    texts = [option.removeprefix(f"{letter}.").strip() for letter, option in zip(letters, options, strict=True)]
+    texts = [_without_letter(option.strip(), letter) for letter, option in zip(letters, options, strict=True)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True)]
     if answer in texts and answer not in letters:
         answer = letters[texts.index(answer)]
-    if answer.partition(".")[0] not in letters:
+    match = _LETTERED.fullmatch(answer)
+    if match is None or match[1] not in letters:
         raise ValueError(f"`answer` must be one of the options {lines} or its letter, got {answer!r:.200}.")
+    letter, text = match[1], (match[2] or "").strip()
+    if text and _plain(text) != _plain(texts[letters.index(letter)]):
+        raise ValueError(
+            f"The letter and the text of `answer` must name the same one of the options {lines}, got {answer!r:.200}. Give "
+            "the letter alone, or correct it."
+        )
+    answer = f"{letter}. {text}" if text else letter
     if not all(line in prompt for line in lines):
         prompt = "\n".join([prompt, "Options:", *lines, CHOICE_POST_PROMPT])
     return prompt, answer
+
+
+def _without_letter(option: str, letter: str) -> str:
+    match = _LETTERED.fullmatch(option)
+    return match[2].strip() if match is not None and match[1] == letter and match[2] else option
+
+
+def _plain(text: str) -> str:
+    return text.casefold().rstrip(".")
 
 
 __all__ = ["DATA_FILES", "FEATURES", "LICENSE", "NAME", "REPO_ID", "record_from_row"]

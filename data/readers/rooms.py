@@ -58,7 +58,10 @@ def record_from_row(row: dict, *, file: str, index: int) -> Record:
     else:
         answer = answer_fields(truth, question, question_type)
     if answer["kind"] == "number" and row.get("value") is not None:
-        answer.update({name: row.get(name) for name in ("value", "unit", "value_si")})
+        numbers = {name: row.get(name) for name in ("value", "value_si")}
+        if not all(isinstance(number, int | float | None) for number in numbers.values()):
+            raise ValueError(f"`value` and `value_si` must be numbers, got {numbers!r:.200}.")
+        answer.update(numbers, unit=optional_text(row, "unit"))
     return Record(
         uid=f"{NAME}:{file}:{index}",
         source=NAME,

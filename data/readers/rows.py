@@ -29,7 +29,7 @@ def iter_rows(path: Path) -> Iterator[bytes | dict]:
         ValueError: If the file is of another kind, or not what its name says.
     """
     if path.suffix == ".jsonl":
-        return _lines(path)
+        return (line for _, line in iter_lines(path))
     if path.suffix == ".json":
         return _list_rows(path)
     if path.suffix == ".parquet":
@@ -56,13 +56,28 @@ def parse_line(line: bytes) -> dict:
     Raises:
         ValueError: If it is not a JSON object.
     """
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(f"A line must not be nested as deep as one that begins with {line[:100]!r}.") from error
     if not isinstance(row, dict):
         raise ValueError(f"A line must be a JSON object, got {line[:100]!r}.")
     return row
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """
+    Yield the lines of a JSON Lines file that are not blank.
+
+    Args:
+        path (`Path`): The file. A byte order mark at its start is no part of it.
+
+    Yields:
+        `tuple[int, bytes]`: The line's number in the file, from 1, and the line.
+
+    Raises:
+        ValueError: If a line is so long that the file is none of lines.
+    """
     with open(path, "rb") as file:
         if file.read(3) != b"\xef\xbb\xbf":  # a mark that some editors put in front of UTF-8
             file.seek(0)
@@ -75,7 +90,7 @@ def _lines(path: Path) -> Iterator[bytes]:
                     "line; a JSON list must be in a file named .json."
                 )
             if not line.isspace():
-                yield line
+                yield number, line
 
 
 class _Text:
@@ -106,7 +121,10 @@ def _list_rows(path: Path) -> Iterator[dict]:
         text = _Text(file)
         first = text.next_char()
         if first == "{":
-            yield json.loads(text.window[text.at :] + file.read())
+            try:
+                yield json.loads(text.window[text.at :] + file.read())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} must be one JSON object: {error}.") from error
             return
         if first != "[":
             raise ValueError(f"{path} must be a JSON list of objects or one object, it starts with {first!r}.")
@@ -136,6 +154,8 @@ def _decoded(text: _Text, decode, where: str) -> dict:
             # The row may go on behind the window.
             if len(text.window) - text.at > MAX_ROW_CHARS or not text.grow():
                 raise ValueError(f"{where} is not JSON: {error}.") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, or lists in lists in lists
+            raise ValueError(f"{where} cannot be decoded: {error}.") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict]:
@@ -146,4 +166,4 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-__all__ = ["iter_rows", "parse_line"]
+__all__ = ["iter_lines", "iter_rows", "parse_line"]

@@ -120,8 +120,8 @@ def _taken_apart(items, rows_from_item) -> Iterator[dict | ValueError]:
     for item in items:
         try:
             yield from rows_from_item(parse_line(item) if isinstance(item, bytes) else item)
-        except ValueError as error:
-            yield error
+        except (ValueError, OverflowError, RecursionError) as error:
+            yield ValueError(str(error))
 
 
 class _RowParser:

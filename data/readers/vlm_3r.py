@@ -16,7 +16,16 @@ from pathlib import Path
 
 from datasets import Features
 
-from geode.data.readers.common import CONVERSATIONS, TEXT, medium_of, names_its_row, optional_text, scene_of, stem_of
+from geode.data.readers.common import (
+    CONVERSATIONS,
+    MAX_FRAMES,
+    TEXT,
+    medium_of,
+    names_its_row,
+    optional_text,
+    scene_of,
+    stem_of,
+)
 from geode.data.schemas import Record, conversation_fields
 
 
@@ -44,9 +53,13 @@ SUSPECT_FAMILIES = frozenset(
 )
 TEMPORAL_FRAMES = 32  # what all temporal questions count on
 _TEMPORAL_FOLDER = "vstibench_train/"
-_NAMED_FRAME = r"\bframes?\s+(?:#|no\.?\s|numbers?\s|index\s)?\s*\d+\b"
-_FRAME_OF = re.compile(rf"{_NAMED_FRAME}[^?!\n]*?\bof\s+(?:the\s+)?(\d+)\b", flags=re.IGNORECASE)
+_NAMED_FRAME = r"\bframes?\s+(?:#|no\.?\s|numbers?\s|index\s)?\s*(\d+)\b"
+# The total stands right behind a named frame, or behind the second of two: elsewhere "of" counts other things.
+_FRAME_OF = re.compile(
+    rf"{_NAMED_FRAME}(?:\s*(?:and|to|-)\s*(\d+))?\s*\(?of\s+(?:the\s+)?(\d+)\b", flags=re.IGNORECASE
+)
 _FRAME = re.compile(_NAMED_FRAME, flags=re.IGNORECASE)
+_LONGEST_NUMBER = len(str(MAX_FRAMES))
 
 
 def row_options(root: Path) -> dict:
@@ -127,7 +140,8 @@ def counted_frames(prompt: str, default: int | None = None) -> int | None:
         default (`int`, *optional*): For one that names a frame and no number of frames.
 
     Returns:
-        `int`, *optional*: The number; None for a question that names no frame.
+        `int`, *optional*: The N of "frame 3 of N", if it is one: at most 10,000, and no frame before it is beyond it. None for
+        a question that names no frame.
 
     Example:
     ```python
@@ -136,8 +150,12 @@ def counted_frames(prompt: str, default: int | None = None) -> int | None:
 
     ```
     """
-    if match := _FRAME_OF.search(prompt):
-        return int(match[1])
+    for match in _FRAME_OF.finditer(prompt):
+        numbers = [number for number in match.groups() if number is not None]
+        if max(map(len, numbers)) <= _LONGEST_NUMBER:
+            *named, total = map(int, numbers)
+            if 1 <= total <= MAX_FRAMES and max(named) <= total:
+                return total
     return default if default is not None and _FRAME.search(prompt) else None
 
 

@@ -8,7 +8,8 @@ The files depend on the options in `world.json` alone: neither on the number of 
 interrupted. Whatever kills it, the same call goes on with the scenes that are missing.
 
 Convention:
-    - A scene is whole when its depth file is there: that one is moved to its place last.
+    - A scene is whole when its depth file is there, which is moved to its place last, and none of its files is cut short.
+    - One process writes at a time. It holds a lock that the system frees with the process.
     - Scenes belong to a split by their number, see `SPLIT_OF_TEN`.
 """
 
@@ -16,18 +17,21 @@ import json
 import os
 import shutil
 import signal
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from geode.data.synthetic_rooms.balance import draw_candidates, select_evenly
@@ -49,6 +53,7 @@ DATASET = "rooms"  # VSI-Bench's loaders look for {root}/{dataset}/{scene_name}.
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_TEN = ("train", "validation", "test", *("train",) * 7)  # by the last digit of a scene's number
 WORK_FOLDER = ".work"
+LOCK_FILE = ".lock"
 MAX_SCENE_ATTEMPTS = 40
 FOV_DEG = (74.0, 92.0)
 COUNT_VIEW_SHARE = 0.003
@@ -330,8 +335,8 @@ def _open_world(out: Path, options: dict) -> None:
                 f"{out} holds a world of other options: {differences}. Go on with its own options, or choose another folder."
             )
         return
-    foreign = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-    if foreign and foreign != [WORK_FOLDER]:
+    foreign = sorted({entry.name for entry in out.iterdir()} - {WORK_FOLDER, LOCK_FILE})
+    if foreign:
         raise ValueError(
             f"`out` must be empty or hold a `world.json`, but {out} holds {foreign[:3]}. Choose another folder."
         )
@@ -345,13 +350,75 @@ def _write_text(out: Path, name: str, text: str) -> None:
     os.replace(work, out / name)
 
 
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other processes out of the folder. The lock's file is gone afterwards; one that a kill left does not matter."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"One process at a time may write a world, and another one is writing {out}. Wait for it, or choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            (out / LOCK_FILE).unlink(missing_ok=True)  # while it is held: nobody may take a file that then disappears
+        lock.release()
+        if os.name != "posix":
+            with suppress(OSError):  # of a process that has taken it since
+                (out / LOCK_FILE).unlink(missing_ok=True)
+
+
 def _missing_scenes(out: Path, num_scenes: int) -> list[int]:
     def is_whole(name: str) -> bool:
         files = [f"depth/{name}.safetensors", f"rooms/{name}.mp4"]
         files += [f"geometry/{name}/{file}" for file in ("geometry.json", "geometry.safetensors")]
-        return all((out / file).is_file() for file in files)
+        return all(_is_whole(out / file) for file in files)
 
     return [index for index in range(num_scenes) if not is_whole(scene_name_of(index))]
+
+
+def _has_tables(out: Path) -> bool:
+    """Tell whether everything is there that is made from the scenes."""
+    files = [f"{folder}/{split}.parquet" for folder in ("questions", "scenes") for split in SPLITS]
+    files += [f"benchmark/{split}.parquet" for split in SPLITS if split != "train"]
+    return all(_is_whole(out / file) for file in (*files, "rooms.png", "baselines.json", "README.md"))
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a file is there and does not end too early, from what it says about its own length."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), "np"):
+                return True
+        if path.suffix == ".parquet":
+            return pq.read_metadata(path).num_columns > 0
+        if path.suffix == ".json":
+            return bool(json.loads(path.read_bytes()))
+        if path.suffix == ".png":
+            return path.read_bytes()[-8:-4] == b"IEND"
+        return _is_whole_mp4(path) if path.suffix == ".mp4" else path.stat().st_size > 0
+    except (OSError, ValueError, SafetensorError, pa.ArrowInvalid):
+        return False
+
+
+def _is_whole_mp4(path: Path) -> bool:
+    """Tell whether the boxes of an MP4 file, each of which begins with its length, end where the file does."""
+    size, start, kinds = path.stat().st_size, 0, set()
+    with open(path, "rb") as file:
+        while start < size:
+            file.seek(start)
+            length, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
+            if length == 1:  # a long one
+                (length,) = struct.unpack(">Q", file.read(8).ljust(8, b"\0"))
+            if length < 8:
+                return False
+            start += length
+            kinds.add(kind)
+    return start == size and kinds >= {b"moov", b"mdat"}
 
 
 def _write_split(out: Path, split: str, indices: list[int], candidates: list[dict], seed: int) -> list[dict]:
@@ -451,7 +518,8 @@ def build_dataset(
 
     Raises:
         ImportError: If `embreex` or PyAV is missing.
-        ValueError: If an option is out of range, or if `out` holds a data set of other options or other files.
+        ValueError: If an option is out of range, if `out` holds a data set of other options or other files, or if another
+            process is writing there.
     """
     out = Path(out)
     options = {
@@ -471,9 +539,17 @@ def build_dataset(
         raise ValueError(
             f"`num_workers` must be at least 1 or `None`, got {num_workers}. Take 1 to stay in one process."
         )
-    _open_world(out, options)
+    with _locked(out):
+        _open_world(out, options)
+        _complete_world(out, options, workers=workers, show_progress=show_progress)
+    return summarise_dataset(out)
+
+
+def _complete_world(out: Path, options: dict, *, workers: int, show_progress: bool) -> None:
+    """Make what is missing."""
+    num_scenes = options["num_scenes"]
     missing = _missing_scenes(out, num_scenes)
-    if missing or not (out / "README.md").is_file():
+    if missing or not _has_tables(out):
         (out / "README.md").unlink(missing_ok=True)
         shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
         for folder in ("rooms", "geometry", "depth", "scenes", "questions", "benchmark", WORK_FOLDER):
@@ -485,4 +561,3 @@ def build_dataset(
                 _run(make_scene, tasks, pool=pool, bar=bar)
             _write_tables(out, options, pool=pool, show_progress=show_progress)
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-    return summarise_dataset(out)

@@ -93,6 +93,9 @@ All of it takes {megabytes:.0f} MB.
 
 No room is in two splits: of ten rooms the second is for validation, the third for testing, the others for training.
 
+For development take the `validation` split, not a part of `train`. Questions are chosen such that answers are balanced over
+the whole split, so a part that is held out of `train` has the opposite frequencies of what remains.
+
 ## Conventions
 
 Metres, radians and seconds. World frame of each room: right-handed, +z up, the origin on the floor below the first

@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from geode.data.synthetic_rooms.boxes import box_distance, footprint, is_separated
-from geode.data.synthetic_rooms.rooms import Room
-from geode.data.synthetic_rooms.scene import describe_scene
 
 
 MIN_DISTANCE_M = 0.3  # nearer pairs are not asked about: a third of a metre is the scale of a box's own slack
@@ -420,21 +418,6 @@ def scene_questions(
     )
     counts = _counting(scene, max_count, count_view_share)
     return [*counts, *(question for maker in makers for question in maker(scene, rng))]
-
-
-def make_questions(room: Room, walk, *, seed: int) -> list[Question]:
-    """
-    Ask every question that a room and its film answer without ambiguity.
-
-    Args:
-        room (`Room`): The room.
-        walk (`Walk`): Its film.
-        seed (`int`): Decides the order of options.
-
-    Returns:
-        `list[Question]`: Grouped by type.
-    """
-    return scene_questions(describe_scene(room, walk), seed=seed)
 
 
 def _pattern(form: str) -> re.Pattern:

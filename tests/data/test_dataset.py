@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,51 @@ def test_build_dataset_of_a_finished_world_changes_nothing(world):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        ("questions/train.parquet", None),
+        ("scenes/test.parquet", 100),
+        ("benchmark/validation.parquet", None),
+        ("baselines.json", None),
+        ("rooms.png", 200),
+        ("README.md", None),
+        ("rooms/room_000001.mp4", 100),
+        ("rooms/room_000001.mp4", -1),
+        ("depth/room_000002.safetensors", -1),
+        ("geometry/room_000003/geometry.json", 10),
+        ("geometry/room_000003/geometry.safetensors", 0),
+    ],
+    ids=str,
+)
+def test_build_dataset_makes_again_what_is_missing_or_cut_short(world, tmp_path, harm):
+    whole, summary = world
+    out, (name, size) = tmp_path / "rooms", harm
+    shutil.copytree(whole, out)
+    if size is None:
+        (out / name).unlink()
+    else:
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[:size])
+    assert build_dataset(out, num_scenes=NUM_SCENES, seed=3, num_workers=1, **SMALL) == summary
+    assert digests(out) == digests(whole)
+
+
+def test_build_dataset_refuses_a_folder_that_another_process_writes(world, tmp_path):
+    whole, _ = world
+    out = tmp_path / "rooms"
+    first = start_build(tmp_path, out, num_scenes=NUM_SCENES, num_workers=1)
+    try:
+        while first.poll() is None and count(out, ".work/*/room.mp4") == 0:
+            time.sleep(0.005)
+        with pytest.raises(ValueError, match=r"another one is writing .*rooms\. Wait for it"):
+            build_dataset(out, num_scenes=NUM_SCENES, seed=3, num_workers=1, **SMALL)
+        assert first.wait() == 0
+    finally:
+        first.kill()
+    assert digests(out) == digests(whole)
+
+
 def test_build_dataset_refuses_other_options_in_the_same_folder(world):
     out, _ = world
     with pytest.raises(ValueError, match=r"`num_frames` 8 there and 9 asked for, `seed` 3 there and 4 asked for"):
@@ -247,6 +293,7 @@ def test_card_describes_the_files(world):
             round(value, 1) for value in map(float, (f"{v:.1f}" for v in list(scores.values())[1:]))
         ]
     assert f"| rooms | {summary['scenes']['train']} |" in card
+    assert "For development take the `validation` split, not a part of `train`." in card
     assert re.search(rf"--scenes {NUM_SCENES} --seed 3 ", card)
 
 

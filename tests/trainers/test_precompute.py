@@ -417,6 +417,16 @@ def test_what_a_dead_run_left_is_removed(make_store, reference, tmp_path):
     assert content_of(out) == content_of(reference[0])
 
 
+@pytest.mark.parametrize("plan", [b"", b'[{"st', b"\xff\xfe", b"3", b"[3]", b'[{"key": "k"}]'])
+def test_a_damaged_plan_is_made_again(make_store, reference, tmp_path, plan):
+    out = tmp_path / "store"
+    shutil.copytree(reference[0], out)
+    (out / "index.json").unlink()
+    (out / ".plan-00000.json").write_bytes(plan)
+    make_store(out)
+    assert content_of(out) == content_of(reference[0])
+
+
 def test_a_video_that_changed_during_an_interruption_is_stored_anew(parts, tmp_path):
     for number in range(2):
         make_video(tmp_path / f"media/{number}.mp4", number)
@@ -537,6 +547,33 @@ def test_list_items_reads_lists_and_distinct_videos_of_records(tmp_path):
     items, root = list_items(tmp_path / "rows.jsonl", media_root=tmp_path / "media")
     assert items == [VideoItem("a.mp4"), VideoItem("b.mp4", "g/b")]
     assert root == tmp_path / "media"
+
+
+def test_list_items_ends_lines_where_files_do(tmp_path):
+    (tmp_path / "list.txt").write_bytes("\ufeffa\u2028b.mp4\r\nc\x85d.mp4\n \ne f.mp4 ".encode())
+    assert [item.path for item in list_items(tmp_path / "list.txt")[0]] == ["a\u2028b.mp4", "c\x85d.mp4", "e f.mp4"]
+    rows = [{"media": "a.mp4", "prompt": "x\u2028y\x85z"}, {"media": "c.mp4", "geometry": None}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(f"\ufeff{lines}".encode())
+    assert list_items(tmp_path / "rows.jsonl")[0] == [VideoItem("a.mp4"), VideoItem("c.mp4")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"media_type": "video"}', "must have its video's path as `media`.* got None and None"),
+        ('{"media": 3}', "got 3 and None"),
+        ('{"media": "a.mp4", "geometry": ["g"]}', r"got 'a\.mp4' and \['g'\]"),
+        ('{"media": "../a.mp4"}', "must stay below its root"),
+        ("[1]", "A line must be a JSON object"),
+        ('{"media": ', "Expecting value"),
+    ],
+)
+def test_list_items_names_the_line_that_is_no_record(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"media": "b.mp4"}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=rf"Line 3 of {path} is no record of a video: .*{message}"):
+        list_items(path)
 
 
 @pytest.mark.parametrize(

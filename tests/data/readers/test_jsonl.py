@@ -31,13 +31,30 @@ def test_number_may_bring_its_unit(answer, unit, text, value_si):
     assert record.unit == {"centimeters": "cm"}.get(unit, unit)
 
 
-@pytest.mark.parametrize("answer", ["sofa", "B", "B. sofa"])
-@pytest.mark.parametrize("options", [["lamp", "sofa"], ["A. lamp", "B. sofa"]])
+def test_conversation_may_bring_its_unit():
+    turns = [{"from": "human", "value": "<image>\nHow far is it?"}, {"from": "gpt", "value": "5.6"}]
+    record = read({"video": "a.mp4", "conversations": turns, "unit": "feet"})
+    assert (record.unit, record.value_si) == ("ft", 1.70688)
+    with pytest.raises(ValueError, match="`unit` must have a number as its answer, got 'far'"):
+        read({"video": "a.mp4", "conversations": [turns[0], {"from": "gpt", "value": "far"}], "unit": "feet"})
+
+
+@pytest.mark.parametrize("answer", ["sofa", "B", "B.", "(B)", "B)", "B. sofa", "B) sofa", "(B) sofa", "B. Sofa."])
+@pytest.mark.parametrize("options", [["lamp", "sofa"], ["A. lamp", "B. sofa"], ["A) lamp", "(B) sofa"]])
 def test_option_may_be_named_by_its_text(answer, options):
     record = read({"image": "b.jpg", "question": "Which?", "options": options, "answer": answer})
     assert (record.kind, record.letter) == ("choice", "B")
-    assert record.answer_text == ("B. sofa" if answer == "B. sofa" else "B")
+    is_letter = answer in ("sofa", "B", "B.", "(B)", "B)")
+    assert record.answer_text == ("B" if is_letter else "B. Sofa." if answer.endswith(".") else "B. sofa")
     assert record.prompt.splitlines()[:4] == ["Which?", "Options:", "A. lamp", "B. sofa"]
+
+
+@pytest.mark.parametrize("options", [["A", "B", "C"], ["10", "12.5", "(a)"], ["(left)", "B-52", "A. Smith"]])
+def test_option_keeps_what_is_not_its_letter(options):
+    record = read({"image": "b.jpg", "question": "Which?", "options": options, "answer": "C"})
+    assert record.prompt.splitlines()[2:5] == [
+        f"{letter}. {option}" for letter, option in zip("ABC", options, strict=True)
+    ]
 
 
 def test_options_that_the_prompt_has_are_not_repeated():
@@ -74,6 +91,23 @@ def test_box_and_its_companions_are_read():
         ({"video": "a.mp4", "prompt": "Q", "answer": 3, "unit": "stone"}, "got 'stone'"),
         ({"video": "a.mp4", "prompt": "Q", "answer": "bed", "options": ["lamp"]}, r"one of the options \['A. lamp'\]"),
         ({"video": "a.mp4", "prompt": "Q", "answer": "B", "options": "lamp"}, "`options` must be a list"),
+        (
+            {"video": "a.mp4", "prompt": "Q", "answer": float("nan")},
+            "`answer` must be text or a finite number, got nan",
+        ),
+        ({"video": "a.mp4", "prompt": "Q", "answer": float("-inf")}, "finite number, got -inf"),
+        ({"video": "a.mp4", "prompt": "Q", "answer": 10**400}, "finite number, got 10000"),
+        (
+            {"video": "a.mp4", "prompt": "Q", "answer": "9" * 400, "unit": "cm"},
+            "A number must be one that a float holds, got '999",
+        ),
+        (
+            {"video": "a.mp4", "prompt": "Q", "answer": "B. x", "options": ["A. x", "B. y"]},
+            r"letter and the text of `answer` must name the same one of the options \['A. x', 'B. y'\], got 'B. x'",
+        ),
+        ({"video": "a.mp4", "prompt": "Q", "box": [0, 0, 0, 1, 1, 1, 0], "unit": "cm"}, "has no `unit`; got 'cm'"),
+        ({"video": "a.mp4", "prompt": "Q", "box": [10**400, 0, 0, 1, 1, 1, 0]}, "`box` must be cx, cy"),
+        ({"video": "a.mp4", "prompt": "Q", "answer": "A", "num_frames": 10**30}, "number from 1 to 10000, got 1000"),
         ({"video": "a.mp4", "prompt": "Q", "box": [1, 2]}, "`box` must be cx, cy"),
         ({"video": "a.mp4", "prompt": "Q", "box": [0, 0, 0, 1, 0, 1, 0]}, "sizes above 0"),
         ({"video": "a.mp4", "prompt": "Q", "box": {"x": 1}}, "`box` must be cx, cy"),

@@ -50,3 +50,18 @@ def test_prompts_are_the_benchmarks_but_for_boxes():
 def test_box_must_have_seven_numbers(box):
     with pytest.raises(ValueError, match="`box` must have 7 numbers"):
         record_from_row({**shipped_rows()[0], "box": box}, file="f", index=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value": "3"}, "`value` and `value_si` must be numbers"),
+        ({"value": float("inf")}, "Numbers must be finite"),
+        ({"value_si": float("nan")}, "Numbers must be finite"),
+        ({"unit": 3}, "`unit` must be text, got 3"),
+    ],
+)
+def test_number_must_be_a_finite_one(changes, message):
+    row = next(row for row in shipped_rows() if row["value"] is not None)
+    with pytest.raises(ValueError, match=message):
+        record_from_row({**row, **changes}, file="f", index=0)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from geode.data.readers import rows as rows_module
-from geode.data.readers.rows import iter_rows, parse_line
+from geode.data.readers.rows import iter_lines, iter_rows, parse_line
 
 
 JSON_ROWS = st.lists(
@@ -112,3 +112,22 @@ def test_memory_is_that_of_a_few_rows(tmp_path, name):
 def test_file_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be \.jsonl, \.json or \.parquet, got .*rows\.csv"):
         iter_rows(write(tmp_path, "a,b", "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, {"a": ' + "[" * 200_000 + "]" * 200_000 + "}]", "Row 1 of .*rows.json cannot be decoded"),
+        ('[{"a": ' + "9" * 5000 + "}]", "Row 0 of .*rows.json cannot be decoded"),
+        ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "rows.json must be one JSON object"),
+        ('{"a": 1} x', "rows.json must be one JSON object: Extra data"),
+    ],
+)
+def test_json_that_python_cannot_hold_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        list(iter_rows(write(tmp_path, text)))
+
+
+def test_lines_are_numbered_as_in_the_file(tmp_path):
+    path = write(tmp_path, b'\xef\xbb\xbf\n{"a": "x\xe2\x80\xa8\xc2\x85y"}\r\n  \n{}', "rows.jsonl")
+    assert [(number, parse_line(line)) for number, line in iter_lines(path)] == [(2, {"a": "x\u2028\x85y"}), (4, {})]

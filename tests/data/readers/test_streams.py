@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 from geode.data.readers import READERS, read_records
 from geode.data.readers.common import RECORD_FEATURES
@@ -159,6 +159,52 @@ def test_line_that_is_no_object_is_named(tmp_path, line):
     with pytest.raises(ValueError, match=r"Row 1 of a\.jsonl is not JSON"):
         list(read_records("vsi_590k", tmp_path))
     assert len(list(read_records("vsi_590k", tmp_path, on_error="skip"))) == 1
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"video": "a.mp4", "question": "q", "answer": ' + DEEP + "}", "nested as deep"),
+        ('{"video": "a.mp4", "question": "q", "answer": ' + HUGE + "}", "`answer` must be text or a finite number"),
+        ('{"video": "a.mp4", "question": "q", "answer": "' + HUGE + '"}', "A number must be one that a float holds"),
+        ('{"video": "a.mp4", "question": "q", "box": [' + HUGE + ", 0, 0, 1, 1, 1, 0]}", "`box` must be cx"),
+        (
+            '{"video": "a.mp4", "question": "q", "answer": 1, "num_frames": ' + HUGE + "}",
+            "`num_frames` must be a whole",
+        ),
+        (r'{"video": "a.mp4", "question": "\ud800 q", "answer": 1}', "half of a surrogate pair at 0"),
+        (r'{"video": "\ud800.mp4", "question": "q", "answer": 1}', "half of a surrogate pair"),
+        (r'{"video": "a.mp4", "question": "q", "answer": "\udc00"}', "half of a surrogate pair"),
+        (r'{"video": "a.mp4", "question": "q", "answer": "x", "scene": "\udc00"}', "half of a surrogate pair"),
+        (
+            r'{"video": "a.mp4", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, '
+            r'{"from": "human", "value": "q"}, {"from": "gpt", "value": "\ud800"}]}',
+            "half of a surrogate pair",
+        ),
+    ],
+)
+def test_rows_that_no_table_holds_are_malformed(tmp_path, row, message):
+    good = r'{"video": "a.mp4", "question": "\u00e9 \ud83d\ude00", "answer": 1, "num_frames": 32}'
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{row}\n{good}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"Row 1 of a\.jsonl .*{message}"):
+        list(read_records("jsonl", tmp_path))
+    stream = read_records("jsonl", tmp_path, on_error="skip")
+    table = Dataset.from_generator(lambda: iter(stream), features=RECORD_FEATURES, cache_dir=str(tmp_path / "cache"))
+    assert table["uid"] == ["jsonl:a.jsonl:0", "jsonl:a.jsonl:2"]
+    assert table[0]["prompt"] == "\u00e9 \U0001f600"
+
+
+@pytest.mark.parametrize("content", [HUGE, DEEP], ids=["huge", "deep"])
+def test_scan_that_cannot_be_read_is_malformed(tmp_path, content):
+    box = '{"category": "bed", "bbox_3d": [0, 0, 0, 1, 1, 1, 0, 0, 0]}'
+    scans = [f'{{"sample_idx": "s/{number}", "instances": [{box}], "x": 0}}' for number in range(3)]
+    scans[1] = scans[1].replace("0, 0, 0, 1", f"{content}, 0, 0, 1")
+    (tmp_path / "train.jsonl").write_text("\n".join(scans))
+    assert len(list(read_records("embodiedscan", tmp_path, on_error="skip"))) == 2
 
 
 def test_skipped_rows_are_counted_for_each_file(tmp_path, caplog):

@@ -90,6 +90,18 @@ def test_number_is_regressed_in_si(question_type, question, answer, unit, value_
         ("At Frame 7 of 16?", 16),
         ("At frame #7 of 32?", 32),
         ("At frame number 7 (of 32)?", 32),
+        ("How far does the camera move from frame 3 to 17 of 32?", 32),
+        ("In frames 3 and 17 of the 32 frames?", 32),
+        ("In frame 5, which one of 4 objects is nearest?", None),
+        ("In frame 5 of the video, which of 40 objects is nearest?", None),
+        ("In frame 5 of 0, is the lamp near?", None),
+        ("In frame 5 of 4, is the lamp near?", None),
+        ("In frame 17 and 3 of 4?", None),
+        ("In frame 5 of 10000?", 10_000),
+        ("In frame 5 of 10001?", None),
+        ("In frame 3 of 99999999999999999999999?", None),
+        ("In frame 3 of " + "9" * 5000 + "?", None),
+        ("In frame 5 of 4 and frame 6 of 8?", 8),
         ("How many chairs?", None),
         ("Is the picture frame on the left of 2 doors?", None),
         ("These are frames of a video.\nHow many of 32 chairs?", None),
@@ -100,8 +112,15 @@ def test_frames_are_counted(question, num_frames):
     assert read(a_row(question), "vsibench_train/merged.json").num_frames == num_frames
 
 
-def test_temporal_question_without_a_total_counts_on_32_frames():
-    question = "How far does the camera move from frame 3 to frame 17?"
+@pytest.mark.parametrize(
+    "question",
+    [
+        "How far does the camera move from frame 3 to frame 17?",
+        "In frame 5, which one of 4 objects is nearest?",
+        "In frame 5 of 0, is the lamp near?",
+    ],
+)
+def test_temporal_question_without_a_total_counts_on_32_frames(question):
     assert read(a_row(question), "vstibench_train/qa_camera_displacement.json").num_frames == 32
     assert read(a_row(question), "vsibench_train/merged.json").num_frames is None
 
