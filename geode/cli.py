@@ -4,9 +4,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from geode import __version__
 from geode.trainers.precompute_arguments import add_arguments
+
+
+STAGES = ("alignment", "stage1", "stage2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_arguments(precompute)
     precompute.set_defaults(run=_run_precompute)
+
+    train = commands.add_parser(
+        "train",
+        help="train a stage: alignment, stage1 or stage2",
+        description="Train a stage. Its options follow: `--config FILE.yaml`, `--dry-run`, `--help` and many more. "
+        "`accelerate launch trainers/STAGE.py` takes the same ones for several processes.",
+    )
+    train.add_argument("stage", choices=STAGES, help="which stage")
+    train.add_argument("options", metavar="OPTION", nargs=argparse.REMAINDER, help="options of the stage")
+    train.set_defaults(run=_run_train)
 
     _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
     return parser
@@ -241,6 +255,11 @@ def _run_precompute(arguments: argparse.Namespace) -> None:
     from geode.trainers.precompute import run
 
     run(arguments)
+
+
+def _run_train(arguments: argparse.Namespace) -> None:
+    script = import_module(f"geode.trainers.{arguments.stage}")
+    script.run_from_arguments(arguments.options, prog=f"geode train {arguments.stage}")
 
 
 def _run_rooms(arguments: argparse.Namespace) -> None:

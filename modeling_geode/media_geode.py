@@ -635,7 +635,19 @@ class GeodeMediaMixin:
         merged = self.merge_media(
             inputs_embeds, input_ids, mm_token_type_ids=mm_token_type_ids, scene_mask=scene_mask, **features
         )
+        if self.training and torch.is_grad_enabled():
+            merged = merged + self._zero_of_optional_parts().to(merged)
         return merged, features
+
+    def _zero_of_optional_parts(self) -> torch.Tensor:
+        """
+        A zero that depends on the parts that only some batches use, as those of pictures do not use the injection.
+
+        Distributed training waits for the gradient of each parameter from each rank, and a rank without it hangs the others.
+        """
+        parts = [part for part in (self.multi_modal_projector, self.feature_injection) if part is not None]
+        trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+        return sum((parameter.flatten()[:0].sum() for parameter in trained), torch.zeros((), device=self.device))
 
     def encode_media(
         self,

@@ -2,6 +2,7 @@
 """From records to the inputs of the model, with labels, regression targets and masks: the collator of every stage."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from geode.data.messages import messages_from_record
 from geode.data.schemas import Record
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.packing import IGNORED_LABEL, TokenRow, pack_questions, pad_rows, scene_key
-from geode.trainers.scene_media import SceneLoader, SceneMedia, ScenePlace, collate_media
+from geode.trainers.scene_media import TOKEN_INPUTS, SceneLoader, SceneMedia, ScenePlace, collate_media
 
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,20 @@ class GeodeDataCollator:
             and its value is not.
         num_rationale_tokens (`int`, *optional*):
             `<spatio>` tokens per scene, if fewer than the processor's. It may be set anew from batch to batch.
+        sample_num_rationale_tokens (`Sequence[int]`, *optional*):
+            Numbers of which each batch takes one, so that a model learns to do with fewer. The records of the batch and
+            `seed` decide which.
+        rationale_from_answer (`bool`, defaults to `False`):
+            With `target="rationale"`, a free text of one turn without a rationale is one itself.
+        seed (`int`, defaults to 0):
+            See `sample_num_rationale_tokens`.
+
+    > Parameters of a control experiment
+
+    Args:
+        shown_scenes (`dict`, *optional*):
+            Records by [`scene_key`], whose scenes are shown in the place of the true ones: see [`exchanged_scenes`]. Questions
+            and targets stay as they are.
 
     > Parameters of the rows
 
@@ -77,7 +92,8 @@ class GeodeDataCollator:
             the value's embedding, are never cut.
         overlong (`str`, defaults to `"error"`):
             What becomes of a record that cannot be cut to `max_length`: `"error"`, or `"drop"`, counted in `num_dropped` and
-            in the log.
+            in the log. Where nothing else is left of a batch, the scene of its first record stays without a label, so that
+            training goes on, in step with other processes: its loss and its gradients are 0.
         padding_side (`str`, defaults to `"right"`):
             `"left"` or `"right"`.
         pad_to_multiple_of (`int`, *optional*):
@@ -103,11 +119,16 @@ class GeodeDataCollator:
     with_values: bool = True
     regress_suspect: bool = False
     num_rationale_tokens: int | None = None
+    sample_num_rationale_tokens: Sequence[int] | None = None
+    rationale_from_answer: bool = False
+    seed: int = 0
+    shown_scenes: Mapping[tuple, Example] | None = None
     max_length: int | None = None
     overlong: str = "error"
     padding_side: str = "right"
     pad_to_multiple_of: int | None = None
     num_dropped: int = field(default=0, init=False)
+    _has_warned_of_empty_batch: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self):
         for name, allowed in (("target", TARGETS), ("overlong", OVERLONG), ("padding_side", ("left", "right"))):
@@ -121,6 +142,13 @@ class GeodeDataCollator:
             raise ValueError(
                 "`target='rationale'` trains the rationale module, which needs geometry: got `use_geometry=False`."
             )
+        most = self.processor.num_rationale_tokens
+        for value in self.sample_num_rationale_tokens or ():
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(
+                    f"`sample_num_rationale_tokens` must hold whole numbers from 1 to {most}, as many as the processor has, got "
+                    f"{list(self.sample_num_rationale_tokens)}."
+                )
         self._loader = SceneLoader(
             self.processor,
             media_root=self.media_root,
@@ -143,28 +171,33 @@ class GeodeDataCollator:
 
         Raises:
             FileNotFoundError: If a medium or geometry is missing.
-            ValueError: If a record lacks what its target needs, or is longer than `max_length`.
+            ValueError: If there are no examples, a record lacks what its target needs, counts more frames than its video
+                has, or is longer than `max_length`.
         """
+        if not len(examples):
+            raise ValueError("A batch must hold at least one example, got none.")
         rows, media, questions = [], [], []
+        spare = None
         loaded: dict[tuple, SceneMedia] = {}
-        for example in examples:
-            records = [_as_record(entry) for entry in (example if isinstance(example, list | tuple) else [example])]
+        packs = [records_of(example) for example in examples]
+        num_rationale_tokens = self._draw_num_rationale_tokens(packs)
+        for records in packs:
             self._check_pack(records)
             key = scene_key(records[0])
-            medium = loaded[key] = loaded.get(key) or self._loader.load(records[0])
-            found = [self._row(record, medium) for record in records]
-            kept = [entry for entry in found if entry is not None]
+            medium = loaded[key] = loaded.get(key) or self._loader.load(self._shown(records[0]))
+            found = [self._row(record, medium, num_rationale_tokens) for record in records]
+            kept = [entry for entry in found if self._teaches(entry[0])]
             if not kept:
+                spare = spare or (*found[0], medium)
                 continue
             pack = [row for row, _ in kept]
             rows.append(pack[0] if len(pack) == 1 else self._packed(pack))
             media.append(medium)
             questions += [question for _, question in kept[:1] if question is not None]
-        if not rows:
-            raise ValueError(
-                f"Every record of the batch was longer than `max_length`={self.max_length}, so nothing is left of "
-                f"{len(examples)} examples. Raise it, show fewer frames, or leave such records out of the dataset."
-            )
+        if spare is not None and not rows:
+            self._warn_of_empty_batch(len(examples))
+            row, question, medium = spare
+            rows, media, questions = [row], [medium], [] if question is None else [question]
         batch = pad_rows(
             rows,
             pad_token_id=self.processor.tokenizer.pad_token_id,
@@ -172,6 +205,61 @@ class GeodeDataCollator:
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
         return {**batch, **self._padded_questions(questions), **collate_media(media), **self._switches()}
+
+    def prompt(self, record: Record | dict) -> dict[str, torch.Tensor]:
+        """
+        Make the inputs of `generate` for one question: its scene, its conversation up to the last answer, and no answer.
+
+        Args:
+            record ([`Record`] or `dict`): The question.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Arguments of the model for a batch of one.
+        """
+        (record,) = records_of(record)
+        medium = self._loader.load(self._shown(record))
+        inputs = self.processor.apply_chat_template(
+            self._turns(record, medium)[:-1],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            use_geometry=self.use_geometry,
+            num_rationale_tokens=self.num_rationale_tokens,
+        )
+        tokens = {name: tensor for name, tensor in inputs.items() if name in TOKEN_INPUTS}
+        return {**tokens, **collate_media([medium]), **self._switches()}
+
+    def expected_answer(self, record: Record | dict) -> str:
+        """
+        Return what is learned of a question, as text; a box is in the frame of its scene.
+
+        Args:
+            record ([`Record`] or `dict`): The question.
+
+        Returns:
+            `str`: The answer or the rationale.
+        """
+        (record,) = records_of(record)
+        if self.target == "rationale":
+            return rationale_of(record, from_answer=self.rationale_from_answer) or ""
+        if record.box is None or not self.with_values:
+            return record.answer_text
+        box = self._loader.box_in_scene(record, self._loader.load(record))
+        return str([round(value, 3) for value in box])
+
+    def _shown(self, record: Record) -> Record:
+        """The record whose scene is shown: its own, but for the control experiment."""
+        if self.shown_scenes is None:
+            return record
+        return records_of(self.shown_scenes[scene_key(record)])[0]
+
+    def _draw_num_rationale_tokens(self, packs: list[list[Record]]) -> int | None:
+        """Decided by the records, since workers hold copies of the collator that share no generator."""
+        if not self.sample_num_rationale_tokens:
+            return self.num_rationale_tokens
+        names = "\n".join(record.uid for records in packs for record in records)
+        digest = hashlib.blake2b(names.encode(), digest_size=8, key=str(self.seed).encode()).digest()
+        return self.sample_num_rationale_tokens[int.from_bytes(digest, "big") % len(self.sample_num_rationale_tokens)]
 
     def _switches(self) -> dict[str, bool]:
         return {"use_visual_tokens": False} if self._hides_frames else {}
@@ -197,16 +285,20 @@ class GeodeDataCollator:
 
     # ---- one record ----
 
-    def _row(self, record: Record, medium: SceneMedia) -> tuple[TokenRow, torch.Tensor | None] | None:
-        """The tokens of a record and of its question, or None if it is dropped."""
-        chat = self._rationale_chat(record, medium) if self.target == "rationale" else self._chat(record, medium)
+    def _turns(self, record: Record, medium: SceneMedia) -> list[dict]:
+        return self._rationale_chat(record, medium) if self.target == "rationale" else self._chat(record, medium)
+
+    def _row(
+        self, record: Record, medium: SceneMedia, num_rationale_tokens: int | None
+    ) -> tuple[TokenRow, torch.Tensor | None]:
+        """The tokens of a record and of its question; without labels if it is dropped."""
         inputs = self.processor.apply_chat_template(
-            chat,
+            self._turns(record, medium),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             use_geometry=self.use_geometry,
-            num_rationale_tokens=self.num_rationale_tokens,
+            num_rationale_tokens=num_rationale_tokens,
         )
         ids = inputs["input_ids"][0]
         dim = max(entry["dim"] for entry in self.processor.control_tokens.values())
@@ -220,14 +312,14 @@ class GeodeDataCollator:
             mm_token_type_ids=torch.zeros_like(ids) if types is None else types[0],
             regression_targets=targets[0],
         )
-        row = self._cut(row, record)
         question = inputs.get("question_input_ids")
-        return None if row is None else (row, None if question is None else question[0])
+        return self._cut(row, record), None if question is None else question[0]
 
     def _chat(self, record: Record, medium: SceneMedia) -> list[dict]:
         box = record.box
         if box is not None and self.with_values:
-            box = self._loader.box_in_scene(record, medium)
+            own = medium if self.shown_scenes is None else self._loader.load(record)
+            box = self._loader.box_in_scene(record, own)
         # Without geometry the box stays as it is here, and a suspect value has its token: `_row` leaves its target out.
         plain = dataclasses.replace(record, box=box, geometry=None, label_suspect=False)
         chat = messages_from_record(plain, with_values=self.with_values)
@@ -245,7 +337,8 @@ class GeodeDataCollator:
         ]
 
     def _rationale_chat(self, record: Record, medium: SceneMedia) -> list[dict]:
-        if record.rationale is None:
+        rationale = rationale_of(record, from_answer=self.rationale_from_answer)
+        if rationale is None:
             raise ValueError(
                 f"`target='rationale'` needs a rationale, and record {record.uid!r} has none. Filter the dataset by "
                 "`rationale`."
@@ -259,11 +352,11 @@ class GeodeDataCollator:
         if self._hides_frames:
             part = {"type": "scene", "scene": ScenePlace(0, range(self.processor.num_rationale_tokens))}
         question = {"type": "text", "text": record.prompt}
-        answer = {"type": "text", "text": record.rationale}
+        answer = {"type": "text", "text": rationale}
         return [{"role": "user", "content": [part, question]}, {"role": "assistant", "content": [answer]}]
 
-    def _cut(self, row: TokenRow, record: Record) -> TokenRow | None:
-        """Leave out what teaches nothing, and cut the answer; None if the record is dropped."""
+    def _cut(self, row: TokenRow, record: Record) -> TokenRow:
+        """Leave out what teaches nothing, and cut the answer; of a record that is dropped, leave the scene alone."""
         trained = (row.labels != IGNORED_LABEL).nonzero()[:, 0]
         row = row.part(0, int(trained[-1]) + 1)
         if self.max_length is None or len(row) <= self.max_length:
@@ -285,7 +378,21 @@ class GeodeDataCollator:
         self.num_dropped += 1
         if self.num_dropped & (self.num_dropped - 1) == 0:  # the first, second, fourth, ...
             logger.warning("%s Dropped, the %d. record so far.", message, self.num_dropped)
-        return None
+        return row.part(0, max(1, self._num_media_tokens(row))).without_targets()
+
+    @staticmethod
+    def _teaches(row: TokenRow) -> bool:
+        return bool((row.labels != IGNORED_LABEL).any())
+
+    def _warn_of_empty_batch(self, num_examples: int) -> None:
+        if not self._has_warned_of_empty_batch:
+            logger.warning(
+                "Every record of a batch of %d examples was dropped, so that it teaches nothing. Raise `max_length` (%d), show "
+                "fewer frames, or leave such records out of the dataset. This is said once.",
+                num_examples,
+                self.max_length,
+            )
+        self._has_warned_of_empty_batch = True
 
     # ---- rows ----
 
@@ -315,6 +422,51 @@ class GeodeDataCollator:
         return {"question_input_ids": ids, "question_attention_mask": mask}
 
 
+def records_of(example: Example) -> list[Record]:
+    """Return the records of an example: a record, its dict, or a pack of either."""
+    return [_as_record(entry) for entry in (example if isinstance(example, list | tuple) else [example])]
+
+
+def rationale_of(record: Record, *, from_answer: bool = False) -> str | None:
+    """
+    Return what `target="rationale"` teaches of a record.
+
+    Args:
+        record ([`Record`]): The record.
+        from_answer (`bool`, defaults to `False`): A free text of one turn without a rationale is one itself.
+
+    Returns:
+        `str`, *optional*: The rationale; None if there is none.
+    """
+    if record.rationale is None and from_answer and record.kind == "text" and record.turns == 1:
+        return record.answer_text
+    return record.rationale
+
+
+def exchanged_scenes(examples: Sequence[Example]) -> dict[tuple, Record]:
+    """
+    Give each scene another scene of the same dataset, the next one of its kind.
+
+    Args:
+        examples (`Sequence`): Records, dicts of records, or packs, as the collator takes them.
+
+    Returns:
+        `dict[tuple, Record]`: A record about the other scene, by [`scene_key`]. Empty where a scene has none of its kind
+        (video or image, with its number of frames), since it could only be shown itself.
+    """
+    kinds: dict[tuple, dict[tuple, Record]] = {}
+    for number in range(len(examples)):
+        record = records_of(examples[number])[0]
+        kinds.setdefault((record.media_type, record.num_frames), {}).setdefault(scene_key(record), record)
+    exchanged: dict[tuple, Record] = {}
+    for scenes in kinds.values():
+        if len(scenes) == 1:
+            return {}
+        records = list(scenes.values())
+        exchanged |= dict(zip(scenes, [*records[1:], records[0]], strict=True))
+    return exchanged
+
+
 def _as_record(entry) -> Record:
     if isinstance(entry, Record):
         return entry
@@ -323,4 +475,4 @@ def _as_record(entry) -> Record:
     raise TypeError(f"An example must be a Record, its dict, or a list of these, got {type(entry).__name__}.")
 
 
-__all__ = ["GeodeDataCollator"]
+__all__ = ["GeodeDataCollator", "exchanged_scenes", "rationale_of", "records_of"]

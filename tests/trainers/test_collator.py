@@ -290,6 +290,14 @@ def test_record_says_how_many_frames_its_question_counts(make):
     assert batch["video_frame_mask"].sum(dim=-1).tolist() == [[2], [3], [4]]
 
 
+@pytest.mark.parametrize("overlong", ["error", "drop"])
+def test_question_that_counts_more_frames_than_there_are_is_refused(make, overlong):
+    record = text_record(media="rooms/two", num_frames=4, uid="data:7")
+    with pytest.raises(ValueError, match=r"'data:7', .*two: .* counts 4 frames, and the video has only 3, "):
+        make(overlong=overlong)([record])
+    assert make()([dataclasses.replace(record, num_frames=3)])["video_frame_mask"].sum() == 3
+
+
 def test_each_scene_is_loaded_once_per_batch_and_the_last_are_kept(make, monkeypatch):
     loads = []
     load = scene_media.SceneLoader._load
@@ -464,9 +472,11 @@ def test_truncation_keeps_placeholders_and_pairs_of_token_and_target(processor, 
         collator.max_length = max_length
         examples = [records] if is_pack else records
         if min(needed) > max_length:
-            with pytest.raises(ValueError, match="nothing is left"):
-                collator(examples)
+            batch = collator(examples)
             assert collator.num_dropped == len(records)
+            assert batch["input_ids"].shape[0] == 1
+            assert (batch["labels"] == -100).all()
+            assert batch["regression_targets"].isnan().all()
             return
         batch = collator(examples)
     assert collator.num_dropped == sum(count > max_length for count in needed)
@@ -519,8 +529,49 @@ def test_overlong_record_is_an_error_or_dropped_and_counted(make, caplog):
     assert collator.num_dropped == 2
     assert [record.message.count("Dropped") for record in caplog.records] == [1, 1]
     assert batch["input_ids"].shape == (1, limit)
-    with pytest.raises(ValueError, match="nothing is left of 1 examples"):
-        collator([long])
+
+
+@pytest.mark.parametrize("is_pack", [False, True])
+def test_batch_of_overlong_records_alone_keeps_a_scene_and_teaches_nothing(processor, make, caplog, is_pack):
+    long, short = text_record("Where? " * 60, uid="data:9"), make_records(count=2)[1]
+    limit = make()([short])["input_ids"].shape[1]
+    collator, model = make(max_length=limit, overlong="drop"), make_model(processor)
+    with caplog.at_level(logging.WARNING, logger="geode.trainers.collator"):
+        batches = [collator([[long, long]] if is_pack else [long, long]) for _ in range(2)]
+    assert sum("teaches nothing" in record.message for record in caplog.records) == 1
+    assert collator.num_dropped == 4
+    batch = batches[0]
+    assert batch["input_ids"].shape[0] == 1
+    assert batch["input_ids"].shape[1] <= limit
+    assert (batch["labels"] == -100).all()
+    assert batch["regression_targets"].isnan().all()
+    model(**collator([short])).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    for options in ({}, {"num_items_in_batch": torch.tensor(0)}, {"num_items_in_batch": torch.tensor(7)}):
+        model.zero_grad()
+        loss = model(**batch, **options).loss
+        loss.backward()
+        assert loss == 0
+        # Those that train have gradients, as on any other rank.
+        grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert grads.keys() == trained
+        assert not any(grad.any() for grad in grads.values())
+
+
+def test_plain_trainer_goes_on_over_overlong_records(processor, make, tmp_path):
+    long, short = text_record("Where? " * 60, uid="data:9"), text_record()
+    limit = make()([short])["input_ids"].shape[1]
+    collator, model = make(max_length=limit, overlong="drop"), make_model(processor)
+    options = {"max_steps": 4, "logging_nan_inf_filter": False, "train_sampling_strategy": "sequential"}
+    losses = train(processor, collator, [long, short, long, short], tmp_path, model=model, **options)
+    assert losses[0] == losses[2] == 0
+    assert losses[1] > losses[3] > 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_no_examples_are_refused(make):
+    with pytest.raises(ValueError, match="at least one example, got none"):
+        make()([])
 
 
 @pytest.mark.parametrize(

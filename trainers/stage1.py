@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Stage 1: train the rationale module to carry spatial rationales.
+
+```bash
+accelerate launch --config_file configuration/accelerate/multi_gpu.yaml trainers/stage1.py \
+    --config configuration/recipes/stage1/geode_1.5b_8x80gb.yaml
+```
+
+`geode train stage1` takes the same arguments. `--dry-run` prints what would be trained, and stops.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from trl import TrlParser
+
+from geode.trainers.launching import build_parser, load_parts, print_dry_run, run
+from geode.trainers.stage1_config import GeodeStage1Config
+from geode.trainers.stage1_trainer import GeodeStage1Trainer
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """Return the parser of the script."""
+    return build_parser(GeodeStage1Config, prog)
+
+
+def main(script_args, training_args, model_args) -> None:
+    """
+    Train as the arguments say.
+
+    Args:
+        script_args ([`GeodeScriptArguments`]): The script's arguments.
+        training_args ([`GeodeStage1Config`]): The stage's.
+        model_args ([`~trl.ModelConfig`]): The model's.
+    """
+    if model_args.use_peft:
+        raise ValueError("`use_peft` must be false, got true: only stage 2 trains an adapter.")
+    if training_args.dry_run:
+        print_dry_run(GeodeStage1Trainer, script_args, training_args, model_args)
+        return
+    model, processor = load_parts(script_args, training_args, model_args)
+    run(GeodeStage1Trainer(model, training_args, processing_class=processor))
+
+
+def run_from_arguments(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
+    """Parse arguments, by default those of the process, and train."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    main(*make_parser(prog).parse_args_and_config(arguments))
+
+
+if __name__ == "__main__":
+    run_from_arguments()
