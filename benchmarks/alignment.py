@@ -117,7 +117,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-rooms", type=int, default=20, help="rooms, of seeds from 1000 on (default: 20)")
     parser.add_argument("--json", type=Path, help="also write every error to this file")
     options = parser.parse_args(arguments)
-    logging.getLogger("geode").setLevel(logging.ERROR)  # rooms without a floor are counted, not announced
     torch.set_num_threads(1)
     results = defaultdict(list)
     jobs = [(case, seed) for case in CASES for seed in range(1000, 1000 + options.num_rooms)]
@@ -151,4 +150,5 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
+    logging.getLogger("geode").setLevel(logging.ERROR)  # rooms without a floor are counted, not announced
     main()
