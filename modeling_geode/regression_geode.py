@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Direct Regression Head (DRH): the state of a control token becomes a number or a box."""
 
+import functools
 import math
 import re
 from collections.abc import Iterable
@@ -159,6 +160,27 @@ def _check_domain(values: torch.Tensor, entry: dict) -> None:
         )
 
 
+def _like_forward(method):
+    """
+    Let a method besides `forward` find its weights where FSDP2 has sharded the head as a unit of its own.
+
+    The first call registers it with the sharded module, which nobody else could know of.
+    """
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        name = method.__name__
+        if name not in vars(self) and torch.distributed.is_available() and torch.distributed.is_initialized():
+            from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+            if isinstance(self, FSDPModule):
+                register_fsdp_forward_method(self, name)
+                return getattr(self, name)(*args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return run
+
+
 class GeodeRegressionHead(nn.Module):
     """
     The Direct Regression Head: one small MLP per control token, from the token's state to its value.
@@ -256,6 +278,7 @@ class GeodeRegressionHead(nn.Module):
         divisor = torch.as_tensor(num_regression_targets, device=loss.device).clamp(min=1)
         return RegressionOutput(values=values, loss=loss / divisor, num_targets=num_targets)
 
+    @_like_forward
     def decode_states(self, states: torch.Tensor, token_ids: torch.Tensor) -> list[torch.Tensor]:
         """
         Values of states that are already picked, as decoding does.
@@ -276,6 +299,7 @@ class GeodeRegressionHead(nn.Module):
             for state, token in zip(states, tokens, strict=True)
         ]
 
+    @_like_forward
     def value_embeddings(self, values: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """
         Embed values, each by the layer of its control token (decision 16 of docs/architecture.md).
@@ -292,6 +316,9 @@ class GeodeRegressionHead(nn.Module):
             ValueError: If the model has no value feedback, a token is no control token, or a value lies outside its
                 codec's domain.
         """
+        return self._value_embeddings(values, token_ids)
+
+    def _value_embeddings(self, values: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         if self.feedback is None:
             raise ValueError(
                 "Embedding values needs `drh_config.value_feedback=True`, got False: this head has no such layers. "
@@ -304,8 +331,14 @@ class GeodeRegressionHead(nn.Module):
             (rows,) = (token_ids == entry["token_id"]).nonzero(as_tuple=True)
             embedded = self._embedded(token, encode_values(values[rows, : entry["dim"]], entry))
             embeddings = embeddings.index_put((rows,), embedded)
+        if torch.is_grad_enabled():
+            # A rank without a value takes part in the exchange of gradients as well.
+            for token, entry in self.entries.items():
+                nothing = embeddings.new_zeros(0, encoded_dim(entry))
+                embeddings = embeddings + self._embedded(token, nothing).sum()
         return embeddings
 
+    @_like_forward
     def feedback_embeddings(self, values: torch.Tensor, input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """
         What known values add to the input embeddings (decision 16 of docs/architecture.md).
@@ -324,7 +357,7 @@ class GeodeRegressionHead(nn.Module):
         self._check_targets(input_ids, values, name="values")
         length, shift = input_ids.shape[1], int(self.hidden_position == "token")
         rows, columns = (~values.isnan()).any(dim=-1).nonzero(as_tuple=True)
-        embedded = self.value_embeddings(values[rows, columns], input_ids[rows, columns])
+        embedded = self._value_embeddings(values[rows, columns], input_ids[rows, columns])
         added = embedded.new_zeros(len(input_ids), length + shift, self.hidden_size)
         return added.index_put((rows, columns + shift), embedded)[:, :length].to(dtype)
 

@@ -28,6 +28,7 @@ from geode.trainers.training_setup import (
     freeze_except,
     frozen_modules,
     keep_in_eval,
+    keep_inputs_exact,
     load_mixtures,
     load_model,
 )
@@ -124,10 +125,10 @@ class GeodeTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled and self.args.bf16:
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self.args.bf16:
             logger.warning(
-                "DeepSpeed with bf16 rounds the weights of the regression head to three digits, and values with them. FSDP2 "
-                "and DDP keep them in float32: see configuration/accelerate."
+                "DeepSpeed and FSDP compute with weights of the regression head that bf16 rounds to three digits, and with them "
+                "values. DDP computes with float32: see configuration/accelerate."
             )
         names = metric_names(self.geode_model.config.control_tokens) + self.extra_metrics
         self._sums = {mode: MetricSums(names, self.args.device) for mode in ("train", "eval")}
@@ -161,14 +162,17 @@ class GeodeTrainer(_BaseTrainer):
         freeze_except(model, cls.trained_parts(model))
         return model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """
         Train.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Where to go on, see [`checkpoint_to_resume`]: True is the last whole checkpoint of the output folder.
-            *args, **kwargs: See [`~transformers.Trainer.train`].
+            trial (*optional*):
+                See [`~transformers.Trainer.train`].
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                Likewise.
 
         Returns:
             `TrainOutput`: Steps, training loss and speed.
@@ -176,9 +180,30 @@ class GeodeTrainer(_BaseTrainer):
         Raises:
             ValueError: If the checkpoint was not written to its end.
         """
-        return super().train(checkpoint_to_resume(resume_from_checkpoint, self.args), *args, **kwargs)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        return super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
     # ---- the step ----
+
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        # Resuming within an epoch wraps the loader so that dataset and sampler are not told the epoch: other packs would follow.
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(epoch)
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the library's accelerator, which leaves inputs as they are."""
+        super().create_accelerator_and_postprocess()
+        keep_inputs_exact(self.accelerator)
+
+    def _prepare_input(self, data):
+        # For DeepSpeed the library would round points and regression targets to the model's dtype.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the options of a run to its model, processor, datasets and collator."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -134,6 +135,23 @@ def keep_in_eval(frozen: list[nn.Module], language_model: nn.Module) -> None:
     for module in frozen:
         for layer in layers.intersection(module.modules()):
             layer.training = layer.gradient_checkpointing
+
+
+def keep_inputs_exact(accelerator) -> None:
+    """
+    Let FSDP2 leave what goes into a model and comes out of it as it is.
+
+    With bf16 it would round points, cameras and regression targets to three digits before the model sees them, and the losses
+    and values after it.
+
+    Args:
+        accelerator (`accelerate.Accelerator`): That of a run, before it has prepared the model.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None
+        )
 
 
 # ---- data ----
@@ -273,6 +291,7 @@ __all__ = [
     "freeze_except",
     "frozen_modules",
     "keep_in_eval",
+    "keep_inputs_exact",
     "load_mixtures",
     "load_model",
     "media_folders",
