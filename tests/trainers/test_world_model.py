@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer of the tiny model, its text, and the scores of its answers."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from geode.data.schemas import Record, benchmark_prompt
+from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.trainers.world_language import pretrain_language_model, text_of
+from geode.trainers.world_model import frequent_phrases, make_config, make_processor
+from geode.trainers.world_scores import blind_scores, relative_accuracy, score_answers, score_table
+
+
+NAMES = ["bed", "tv", "tv stand", "lamp"]
+SCENE = {"objects": [{"category": "bed", "box": [1.0, 2.0, 0.25, 2.0, 1.5, 0.5, 0.0]}]}
+
+
+def make_record(number: int, **fields) -> Record:
+    plain = {"uid": str(number), "source": "rooms", "media_type": "video", "media": "a.mp4", "scene": "a"}
+    return Record(**{**plain, "kind": "number", "answer_text": "1.5", **fields})
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    found = []
+    for number in range(60):
+        first, second = NAMES[number % 4], NAMES[(number + 1) % 4]
+        question = f"Measuring from the closest point, how far is the {first} from the {second} (in meters)?"
+        options = ["A. left", "B. right"] if number % 3 == 0 else None
+        found.append(
+            make_record(
+                number,
+                prompt=benchmark_prompt(question, options),
+                question_type="object_abs_distance",
+                value_si=1.0 + number / 50,
+                rationale=f"The {first} is at (1.25, {number / 10:.2f}). Answer: turn left.",
+            )
+        )
+    boxes = [[0.1 * n, -0.2 * n, 0.5 + n, 1.0 + n, 1.0 + 0.2 * n, 0.5 + 0.3 * n, 0.1] for n in range(8)]
+    return found + [make_record(60 + number, prompt="Locate the bed.", box=box) for number, box in enumerate(boxes)]
+
+
+def test_frequent_phrases_hold_neither_names_nor_numbers(records):
+    phrases = frequent_phrases([record.prompt for record in records], NAMES)
+    assert "Measuring from the closest point, how far is the" in phrases
+    assert " from the" in phrases
+    assert not [phrase for phrase in phrases if any(name in phrase.split() for name in NAMES)]
+    assert not [phrase for phrase in phrases if any(character.isdigit() for character in phrase)]
+
+
+def test_tokenizer_shortens_boilerplate_and_spells_everything_else(records):
+    tokenizer = make_processor(records, NAMES).tokenizer
+    prompt = records[0].prompt
+    ids = tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(ids) == prompt
+    # 3 lines, 2 names, 4 phrases, and options of 3 tokens with their line ends; a plain BPE has one for each word at least.
+    assert len(ids) < 25 < len(prompt.split())
+    # What decides is a token of its own wherever it stands.
+    (left,) = tokenizer(" left")["input_ids"]
+    assert left in ids
+    assert left in tokenizer(records[0].rationale)["input_ids"]
+    for text in ("x1.25, -0.7", "Measuring from", "Stra\u00dfe \u4f60 <REG>", "tv stands"):
+        assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
+    assert len(tokenizer("31.25")["input_ids"]) == 5
+
+
+def test_language_model_learns_from_text_alone_by_its_seed(records):
+    processor = make_processor(records, NAMES)
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        model = GeodeForConditionalGeneration(make_config(processor))
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        options = {"scenes": {"a": SCENE}, "num_steps": 12, "batch_size": 2, "length": 96, "seed": seed}
+        losses.append(pretrain_language_model(model, processor.tokenizer, records, **options))
+        changed = {name for name in start if not torch.equal(start[name], model.state_dict()[name])}
+        assert {name.split(".")[1] for name in changed} <= {"language_model", "weight"}
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] < math.log(len(processor.tokenizer))
+
+
+def test_text_of_lists_the_room_before_the_question(records):
+    listed = text_of(records[0], SCENE)
+    assert "user\nThe bed is at (1.00, 2.00, 0.25) and measures 2.00 x 1.50 x 0.50 m.\nThese are frames" in listed
+    assert listed.endswith("Answer: turn left.<|im_end|>\n")
+    assert text_of(records[0]) == listed.replace(listed.partition("user\n")[2].partition("These")[0], "")
+
+
+def test_relative_accuracy_is_the_share_of_tolerances_that_are_kept():
+    # Errors of 0, 7.5, 30, 50 and 100 percent keep those of 5, 10, ... 50 percent that are larger.
+    assert [relative_accuracy(value, 2.0) for value in (2.0, 2.15, 1.4, 3.0, 4.0)] == [1.0, 0.9, 0.4, 0.0, 0.0]
+
+
+def test_scores_are_by_task_and_missing_answers_are_wrong():
+    records = [
+        make_record(0, prompt="?", question_type="object_counting", value_si=2.0),
+        make_record(1, prompt="?", question_type="object_counting", value_si=2.0),
+        make_record(2, prompt="?", question_type="route_planning", kind="choice", letter="B"),
+        make_record(3, prompt="?", kind="box", box=[0.0, 3.0, 4.0, 1.0, 1.0, 1.0, 0.0]),
+        make_record(4, prompt="?", kind="box", box=[0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0]),
+        make_record(5, prompt="?", kind="box", box=[0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0]),
+    ]
+    nothing = SimpleNamespace(text="", values=[], boxes=[])
+    answers = [
+        SimpleNamespace(text="2", values=[SimpleNamespace(si_value=2.0)], boxes=[]),
+        nothing,
+        SimpleNamespace(text="B", values=[], boxes=[]),
+        SimpleNamespace(text="", values=[], boxes=[SimpleNamespace(center=(0.0, 0.0, 0.0))]),
+        SimpleNamespace(text="", values=[], boxes=[SimpleNamespace(center=(0.0, 0.0, 0.0))]),
+        nothing,
+    ]
+    scores = score_answers(records, answers)
+    assert scores["object_counting"] == {"n": 2, "score": 50.0}
+    assert scores["route_planning"] == {"n": 1, "score": 100.0}
+    assert scores["object_localization"] == {
+        "n": 3,
+        "median_center_error_m": 5.0,
+        "share_within_1m": pytest.approx(1 / 3),
+    }
+    table = score_table(scores, {"object_counting": 60.0, "route_planning": 30.0}, prior_m=2.0)
+    assert "| object_counting | 2 | 50.0 | 60.0 | no |" in table
+    assert "| route_planning | 1 | 100.0 | 30.0 | yes |" in table
+    assert "| median error 2.00 m | no |" in table
+
+
+def test_blind_scores_are_the_best_of_each_task(tmp_path):
+    (tmp_path / "baselines.json").write_text('{"object_counting": {"n": 90, "median": 30.5, "best constant": 32.0}}')
+    assert blind_scores(tmp_path) == {"object_counting": 32.0}

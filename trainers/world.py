@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Train the tiny model on the embedded world, from nothing to the checkpoint: `python -m geode.trainers.world --data DATA --out DIR`.
+
+`DATA/rooms` is what `geode data rooms` makes. The stages, of which each leaves a folder or a file below `DIR` and is skipped if it
+is there:
+
+| Stage | What trains | On what |
+| --- | --- | --- |
+| `encoders` | vision tower, point encoder | labels of patches and points; frozen after |
+| `features` | | what both make of every scene, in a feature store |
+| `language` | language model | questions, rationales and answers, as text alone |
+| `lookup` | rationale module | what is where, through a head that is thrown away |
+| `alignment` | projector | questions; the recipe of the paper's first stage |
+| `locate` | what stage 2 trains | "Locate the ..." alone |
+| `measure` | what stage 2 trains | boxes, distances, sizes, counts, directions |
+| `stage1` | rationale module | rationales, with the language model frozen |
+| `stage2` | projector, language model, regression head | all questions |
+| `scores` | | every task on held-out rooms, beside the blind baselines |
+
+Localisation comes first, or nothing else is learned. Every stage that shows scenes logs the shuffled-scene gate: how much the loss
+rises when each question is shown another room.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module, resources
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import GenerationConfig, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from geode.data.feature_store import FeatureStore
+from geode.data.mixtures import Mixture
+from geode.data.readers import read_records
+from geode.data.schemas import Record
+from geode.data.synthetic_rooms.dataset import SPLITS
+from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.modeling_geode.processing_geode import GeodeProcessor
+from geode.trainers.collator import GeodeDataCollator
+from geode.trainers.precompute import VideoItem, precompute
+from geode.trainers.stage2_config import GeodeStage2Config
+from geode.trainers.stage2_trainer import GeodeStage2Trainer
+from geode.trainers.world_encoders import (
+    list_classes,
+    list_scenes,
+    load_labelled_scene,
+    point_accuracy,
+    pretrain_point_encoder,
+    pretrain_vision_tower,
+    read_scene_record,
+    vision_accuracy,
+)
+from geode.trainers.world_language import pretrain_language_model
+from geode.trainers.world_lookup import load_lookup_scene, lookup_accuracy, pretrain_rationale_module
+from geode.trainers.world_model import make_config, make_processor
+from geode.trainers.world_scores import answer_records, blind_scores, score_answers, score_table
+
+
+logger = logging.getLogger(__name__)
+
+STAGES = (
+    "encoders",
+    "features",
+    "language",
+    "lookup",
+    "alignment",
+    "locate",
+    "measure",
+    "stage1",
+    "stage2",
+    "scores",
+)
+DATASET, STORE = "rooms", "store"
+NUM_HELD_OUT = 40  # scenes of the validation split that parts and stages are measured on
+NUM_TEST = 100  # scenes of the test split that are asked about in the end
+# Steps of the parts that stand for public checkpoints, of the curriculum, and of the paper's stages.
+STEPS = {
+    "vision": 2500,
+    "points": 1500,
+    "language": 1200,
+    "lookup": 4000,
+    "alignment": 400,
+    "locate": 800,
+    "measure": 2500,
+    "stage1": 400,
+    "stage2": 2000,
+}
+CURRICULUM = {
+    "locate": ("object_localization",),
+    "measure": (
+        "object_localization",
+        "object_abs_distance",
+        "object_size_estimation",
+        "room_size_estimation",
+        "object_counting",
+        "object_rel_direction_easy",
+        "object_rel_direction_medium",
+        "object_rel_direction_hard",
+    ),
+}
+QUESTIONS_PER_PACK, PACKS_PER_STEP = 16, 8
+LEARNING_RATE = 2e-3
+
+
+@dataclass
+class World:
+    """
+    A run: where its data and its results are.
+
+    Args:
+        data (`Path`): Folder of the datasets; `rooms` in it is the world.
+        out (`Path`): Folder of the results.
+        scale (`float`, defaults to 1): Factor of all numbers of steps, for a trial.
+        seed (`int`, defaults to 0): Decides everything.
+    """
+
+    data: Path
+    out: Path
+    scale: float = 1.0
+    seed: int = 0
+
+    @property
+    def rooms(self) -> Path:
+        """Folder of the world."""
+        return self.data / DATASET
+
+    @cached_property
+    def train_scenes(self) -> list[str]:
+        """Scenes of the training split."""
+        return list_scenes(self.rooms, "train")
+
+    @cached_property
+    def held_out_scenes(self) -> list[str]:
+        """Some scenes of the validation split."""
+        return list_scenes(self.rooms, "validation")[:NUM_HELD_OUT]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The room and the categories."""
+        return list_classes(self.rooms, self.train_scenes)
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """Questions of the training split, as the trainers read them."""
+        rows = Mixture.from_yaml(DATASET).load(self.data, cache_dir=self.out / "cache")
+        return [Record.from_dict(row) for row in rows]
+
+    def held_out_mixture(self) -> Path:
+        """Write a mixture of some questions of the validation split, for the recipes' evaluations and their gate."""
+        source = {"reader": DATASET, "path": DATASET, "data_files": ["questions/validation.parquet"]}
+        source["fraction"] = min(1.0, NUM_HELD_OUT / len(list_scenes(self.rooms, "validation")))
+        path = self.out / "held_out.yaml"
+        path.write_text(yaml.safe_dump({"seed": self.seed, "sources": [source]}), encoding="ascii")
+        return path
+
+    def questions(self, split: str) -> list[Record]:
+        """Questions of a split that is not trained on."""
+        rows = read_records(DATASET, self.rooms, data_files=[f"questions/{split}.parquet"])
+        return [Record.from_dict(row) for row in rows]
+
+    def steps(self, name: str) -> int:
+        """Steps of a part."""
+        return max(2, round(self.scale * STEPS[name]))
+
+    def load(self, stage: str) -> tuple[GeodeForConditionalGeneration, GeodeProcessor]:
+        """Load what a stage left."""
+        folder = self.out / stage
+        return GeodeForConditionalGeneration.from_pretrained(folder), GeodeProcessor.from_pretrained(folder)
+
+    def save(self, stage: str, model: GeodeForConditionalGeneration, processor: GeodeProcessor) -> None:
+        """Save what a stage made."""
+        model.save_pretrained(self.out / stage)
+        processor.save_pretrained(self.out / stage)
+
+
+# ---- the parts that stand for public checkpoints ----
+
+
+def train_encoders(world: World) -> dict:
+    """Make the model, and train its vision tower and point encoder."""
+    set_seed(world.seed)
+    processor = make_processor(world.records, world.classes[1:])
+    model = GeodeForConditionalGeneration(make_config(processor))
+    # At zero the gate keeps a trained model as it was. Here is none, and from zero Adam takes hundreds of steps to open it.
+    torch.nn.init.ones_(model.model.feature_injection.gate)
+    tokenizer = processor.tokenizer
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
+    )
+
+    def load(names: Sequence[str]) -> list:
+        options = {"processor": processor, "classes": world.classes, "grid": model.config.patch_grid}
+        return [load_labelled_scene(world.rooms, name, **options) for name in names]
+
+    seen, held_out = load(world.train_scenes), load(world.held_out_scenes)
+    head = pretrain_vision_tower(model, seen, num_steps=world.steps("vision"), seed=world.seed)
+    facts = {"vision_tower": vision_accuracy(model, head, held_out)}
+    head = pretrain_point_encoder(model, seen, num_steps=world.steps("points"), seed=world.seed)
+    facts["point_encoder"] = point_accuracy(model, head, held_out)
+    world.save("encoders", model, processor)
+    return facts
+
+
+def store_features(world: World) -> dict:
+    """Store what the frozen encoders make of the scenes of every split."""
+    model, processor = world.load("encoders")
+    names = sorted(name for split in SPLITS for name in list_scenes(world.rooms, split))
+    items = [VideoItem(f"rooms/{name}.mp4", f"geometry/{name}") for name in names]
+    report = precompute(
+        model, processor, items, world.out / STORE, media_root=world.rooms, store_vision_features=True, shard_size=64
+    )
+    if report.failures:
+        raise ValueError(
+            f"All scenes must be stored, and {len(report.failures)} failed: {report.lines()[1]}. Make the world anew, or run "
+            "`geode data rooms` again, which makes what is missing."
+        )
+    return {"scenes": report.num_scenes}
+
+
+def train_language(world: World) -> dict:
+    """Train the language model on text alone."""
+    set_seed(world.seed)
+    model, processor = world.load("encoders")
+    scenes = {name: read_scene_record(world.rooms, name) for name in world.train_scenes}
+    loss = pretrain_language_model(
+        model,
+        processor.tokenizer,
+        world.records,
+        scenes=scenes,
+        num_steps=world.steps("language"),
+        seed=world.seed,
+    )
+    world.save("language", model, processor)
+    return {"loss": loss}
+
+
+def train_lookup(world: World) -> dict:
+    """Train the rationale module to say what is where."""
+    set_seed(world.seed)
+    model, processor = world.load("language")
+    store = FeatureStore(world.out / STORE)
+    entry = model.config.control_tokens["<3DBBOX>"]
+    side = model.config.drm_config.spatial_pooling
+    grid = (model.config.patch_grid[0] // side, model.config.patch_grid[1] // side)
+
+    def load(names: Sequence[str]) -> list:
+        options = {"store": store, "classes": world.classes, "entry": entry, "grid": grid}
+        return [load_lookup_scene(world.rooms, name, **options) for name in names]
+
+    head = pretrain_rationale_module(model, load(world.train_scenes), num_steps=world.steps("lookup"), seed=world.seed)
+    facts = lookup_accuracy(model, head, load(world.held_out_scenes), std_m=entry["codec"]["std"])
+    world.save("lookup", model, processor)
+    return facts
+
+
+# ---- the stages of the paper, and the curriculum between them ----
+
+
+def recipe_of(stage: str) -> str:
+    """Return the path of a stage's recipe."""
+    return str(resources.files("geode.configuration") / "recipes" / stage / "tiny_rooms_cpu.yaml")
+
+
+def run_recipe(world: World, stage: str, *, source: str, **overrides: object) -> dict:
+    """
+    Run a stage of the paper by its recipe, as `geode train` does.
+
+    Args:
+        world ([`World`]): The run.
+        stage (`str`): `"alignment"`, `"stage1"` or `"stage2"`.
+        source (`str`): The stage whose model is trained.
+        **overrides: Options that replace those of the recipe.
+
+    Returns:
+        `dict`: The last evaluation's metrics.
+    """
+    options = {
+        "model_name_or_path": world.out / source,
+        "data_root": world.data,
+        "feature_store": (world.out / STORE).resolve(),
+        "cache_dir": world.out / "cache",
+        "output_dir": world.out / stage,
+        "eval_mixture": world.held_out_mixture(),
+        "eval_strategy": "steps",
+        "eval_steps": 0.5,
+        "max_steps": world.steps(stage),
+        "seed": world.seed,
+        **overrides,
+    }
+    checkpoint = find_checkpoint(world.out / stage)
+    if checkpoint is not None:
+        options["resume_from_checkpoint"] = checkpoint
+    arguments = [
+        "--config",
+        recipe_of(stage),
+        *(text for name, value in options.items() for text in (f"--{name}", str(value))),
+    ]
+    import_module(f"geode.trainers.{stage}").run_from_arguments(arguments)
+    return _last_metrics(world.out / stage)
+
+
+def find_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint of an interrupted run, if there is one."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _last_metrics(folder: Path) -> dict:
+    history = json.loads((folder / "trainer_state.json").read_text("utf-8"))["log_history"]
+    found: dict = {}
+    for entry in history:
+        found |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+    return found
+
+
+def train_curriculum(world: World, stage: str, *, source: str) -> dict:
+    """Train what stage 2 trains on some types of question: the curriculum, each part of which goes on from the one before."""
+    set_seed(world.seed)
+    model, processor = world.load(source)
+    held_out = set(world.held_out_scenes)
+    types = CURRICULUM[stage]
+    arguments = GeodeStage2Config(
+        output_dir=str(world.out / stage),
+        data_root=str(world.data),
+        media_root=str(world.rooms),
+        feature_store=str((world.out / STORE).resolve()),
+        questions_per_pack=QUESTIONS_PER_PACK,
+        per_device_train_batch_size=PACKS_PER_STEP,
+        max_steps=world.steps(stage),
+        learning_rate=LEARNING_RATE,
+        drh_learning_rate=LEARNING_RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=50,
+        eval_strategy="steps",
+        eval_steps=max(2, world.steps(stage) // 6),
+        save_steps=max(2, world.steps(stage) // 6),
+        save_total_limit=1,
+        num_eval_examples=2,
+        max_new_tokens=8,
+        activation_checkpointing=False,
+        report_to=[],
+        seed=world.seed,
+    )
+    trainer = GeodeStage2Trainer(
+        model,
+        arguments,
+        train_dataset=[record for record in world.records if record.question_type in types],
+        eval_dataset=[
+            record
+            for record in world.questions("validation")
+            if record.question_type in types and record.scene in held_out
+        ],
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(world.out / stage))
+    metrics = trainer.evaluate()
+    world.save(stage, trainer.geode_model, processor)
+    trainer.end()
+    return metrics
+
+
+# ---- what came out ----
+
+
+def score(world: World) -> dict:
+    """Ask every question of the test split, and write the table."""
+    model, processor = world.load("stage2")
+    collator = GeodeDataCollator(
+        processor=processor, media_root=world.rooms, feature_store=FeatureStore(world.out / STORE)
+    )
+    asked = set(list_scenes(world.rooms, "test")[:NUM_TEST])
+    records = [record for record in world.questions("test") if record.scene in asked]
+    scores = score_answers(records, answer_records(model.eval(), collator, records))
+    centers = torch.tensor([record.box[:3] for record in world.records if record.box is not None])
+    mean = centers.mean(dim=0)
+    prior = statistics.median(
+        torch.dist(torch.tensor(record.box[:3]), mean).item() for record in records if record.box is not None
+    )
+    table = score_table(scores, blind_scores(world.rooms), prior_m=prior)
+    (world.out / "scores.md").write_text(table + "\n", encoding="ascii")
+    logger.info("\n%s", table)
+    return {"scores": scores, "prior_m": prior}
+
+
+RUNS: dict[str, Callable[[World], dict]] = {
+    "encoders": train_encoders,
+    "features": store_features,
+    "language": train_language,
+    "lookup": train_lookup,
+    "alignment": lambda world: run_recipe(world, "alignment", source="lookup"),
+    "locate": lambda world: train_curriculum(world, "locate", source="alignment"),
+    "measure": lambda world: train_curriculum(world, "measure", source="locate"),
+    "stage1": lambda world: run_recipe(world, "stage1", source="measure"),
+    "stage2": lambda world: run_recipe(world, "stage2", source="measure", drm_path=world.out / "stage1"),
+    "scores": score,
+}
+
+
+def run_stages(world: World, stages: Sequence[str]) -> None:
+    """
+    Run stages in order, but for those that are done.
+
+    Args:
+        world ([`World`]): The run.
+        stages (`Sequence[str]`): Names from `STAGES`.
+    """
+    world.out.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        done = world.out / f"{stage}.json"
+        if done.is_file():
+            logger.info("%s is done: %s", stage, done)
+            continue
+        start = time.perf_counter()
+        facts = RUNS[stage](world)
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+        done.write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii")
+        logger.info("%s took %.0f s: %s", stage, facts["seconds"], facts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with `rooms` in it")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all numbers of steps, for a trial")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    world = World(data=args.data, out=args.out, scale=args.scale, seed=args.seed)
+    run_stages(world, STAGES if args.stage == "all" else [args.stage])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a model every question of held-out rooms, and score its answers task by task beside the blind baselines."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from geode.data.schemas import Record
+from geode.trainers.collator import GeodeDataCollator
+from geode.trainers.training_metrics import MRA_TOLERANCES
+
+
+BOX_TASK = "object_localization"
+
+
+def relative_accuracy(value: float, truth: float) -> float:
+    """
+    Return VSI-Bench's mean relative accuracy of one number: the share of ten tolerances that it keeps.
+
+    Args:
+        value (`float`): The answer.
+        truth (`float`): The truth, not 0.
+
+    Returns:
+        `float`: From 0 to 1.
+
+    Example:
+    ```python
+    >>> relative_accuracy(2.6, 2.0)  # an error of 30 % keeps tolerances of 50, 45, 40 and 35 %
+    0.4
+
+    ```
+    """
+    error = abs(value - truth) / abs(truth)
+    return sum(error < tolerance for tolerance in MRA_TOLERANCES) / len(MRA_TOLERANCES)
+
+
+@torch.no_grad()
+def answer_records(model, collator: GeodeDataCollator, records: Sequence[Record], *, max_new_tokens: int = 8) -> list:
+    """
+    Generate the answers to questions, one by one, as a user would ask them.
+
+    Args:
+        model ([`GeodeForConditionalGeneration`]): The model, in evaluation mode.
+        collator ([`GeodeDataCollator`]): Finds the scenes and makes the prompts.
+        records (`Sequence[Record]`): Questions.
+        max_new_tokens (`int`, defaults to 8): Longest answer.
+
+    Returns:
+        `list[Answer]`: The answers.
+    """
+    answers = []
+    for record in records:
+        inputs = collator.prompt(record)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+        answers += collator.processor.post_process_answers(output, input_ids=inputs["input_ids"])
+    return answers
+
+
+def score_answers(records: Sequence[Record], answers: Sequence) -> dict[str, dict[str, float]]:
+    """
+    Score answers by task.
+
+    Args:
+        records (`Sequence[Record]`): Questions, with boxes in the frame of their scene.
+        answers (`Sequence[Answer]`): What a model answered.
+
+    Returns:
+        `dict[str, dict[str, float]]`: For each task `n` and `score`: percent of letters that are right, or mean relative
+        accuracy in percent. For boxes `median_center_error_m` and `share_within_1m`; without a box the error is infinite.
+    """
+    scores: dict[str, list[float]] = defaultdict(list)
+    for record, answer in zip(records, answers, strict=True):
+        if record.box is not None:
+            center = answer.boxes[0].center if answer.boxes else (torch.inf,) * 3
+            scores[BOX_TASK].append(torch.dist(torch.tensor(center), torch.tensor(record.box[:3])).item())
+        elif record.value_si is not None:
+            value = answer.values[0].si_value if answer.values else 0.0
+            scores[str(record.question_type)].append(relative_accuracy(value, record.value_si))
+        else:
+            scores[str(record.question_type)].append(float(answer.text.strip()[:1] == record.letter))
+    found: dict[str, dict[str, float]] = {}
+    for task, values in sorted(scores.items()):
+        if task == BOX_TASK:
+            near = sum(value < 1.0 for value in values) / len(values)
+            found[task] = {
+                "n": len(values),
+                "median_center_error_m": statistics.median(values),
+                "share_within_1m": near,
+            }
+        else:
+            found[task] = {"n": len(values), "score": 100.0 * sum(values) / len(values)}
+    return found
+
+
+def blind_scores(data_root: str | Path) -> dict[str, float]:
+    """
+    Return the best blind score of each task, from the data set's `baselines.json`.
+
+    Args:
+        data_root (`str` or `Path`): The data set.
+
+    Returns:
+        `dict[str, float]`: Percent by task: the best of chance, majorities and constants.
+    """
+    path = Path(data_root) / "baselines.json"
+    found = json.loads(path.read_text("ascii"))
+    return {task: max(score for name, score in scores.items() if name != "n") for task, scores in found.items()}
+
+
+def score_table(scores: dict[str, dict[str, float]], blind: dict[str, float], *, prior_m: float) -> str:
+    """
+    Write scores as a Markdown table, better or worse than chance alike.
+
+    Args:
+        scores (`dict[str, dict[str, float]]`): See [`score_answers`].
+        blind (`dict[str, float]`): See [`blind_scores`].
+        prior_m (`float`): Median distance of held-out centres from the mean centre of the training split.
+
+    Returns:
+        `str`: The table.
+    """
+    lines = ["| Task | n | Model | Best blind | Better than blind |", "| --- | --- | --- | --- | --- |"]
+    for task, values in scores.items():
+        if task == BOX_TASK:
+            error, near = values["median_center_error_m"], values["share_within_1m"]
+            verdict = "yes" if error < prior_m else "no"
+            text = f"median error {error:.2f} m, {near:.0%} within 1 m"
+            lines.append(f"| {task} | {values['n']} | {text} | median error {prior_m:.2f} m | {verdict} |")
+        else:
+            chance = blind.get(task, 0.0)
+            verdict = "yes" if values["score"] > chance else "no"
+            lines.append(f"| {task} | {values['n']} | {values['score']:.1f} | {chance:.1f} | {verdict} |")
+    return "\n".join(lines)
+
+
+__all__ = ["BOX_TASK", "answer_records", "blind_scores", "relative_accuracy", "score_answers", "score_table"]
