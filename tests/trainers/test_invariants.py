@@ -101,11 +101,11 @@ def assert_same_steps(found, expected, *, factor: float = 1.0) -> None:
 
 
 def assert_same_gradients(found: dict, expected: dict) -> None:
-    """Of the first step: the same names, and each entry to 5e-6 of the largest."""
+    """Of the first step: the same names, and each entry to 1e-6 of the largest."""
     assert found.keys() == expected.keys()
     largest = max(tensor.abs().max() for tensor in expected.values())
     for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= 5e-6 * largest, name
+        assert (found[name] - tensor).abs().max() <= 1e-6 * largest, name
 
 
 def check_processes(case: Case, root, out, tmp_path) -> None:
