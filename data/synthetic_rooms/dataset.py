@@ -54,6 +54,7 @@ SPLITS = ("train", "validation", "test")
 SPLIT_OF_TEN = ("train", "validation", "test", *("train",) * 7)  # by the last digit of a scene's number
 WORK_FOLDER = ".work"
 LOCK_FILE = ".lock"
+ORPHAN_TIMEOUT_S = 60.0
 MAX_SCENE_ATTEMPTS = 40
 FOV_DEG = (74.0, 92.0)
 COUNT_VIEW_SHARE = 0.003
@@ -249,18 +250,20 @@ def select_split(candidates: list[dict[str, list[Question]]], split: str, *, see
     return chosen
 
 
-def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, end with it however it ends, and keep to one thread."""
+def _start_worker(locks: Path) -> None:
+    """Leave Ctrl-C to the main process, end with it however it ends, keep to one thread, and hold a lock while alive."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lock = FileLock(locks / f"{os.getpid()}.lock")
+    lock.acquire()
     torch.set_num_threads(1)
     parent = parent_process()
 
-    def end_with_parent() -> None:
+    def end_with_parent(_: FileLock) -> None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
     # A worker whose parent was killed would wait for work for ever.
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(lock,), daemon=True).start()
 
 
 @contextmanager
@@ -274,13 +277,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _open_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
+def _open_pool(num_workers: int, locks: Path) -> Iterator[ProcessPoolExecutor | None]:
     """Give a pool of processes, or `None` for one; its processes start with the first task and end with the block."""
     if num_workers == 1:
         with _one_thread():
             yield None
         return
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_start_worker)
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(locks,))
     try:
         yield pool
     finally:
@@ -370,6 +374,18 @@ def _locked(out: Path) -> Iterator[None]:
         if os.name != "posix":
             with suppress(OSError):  # of a process that has taken it since
                 (out / LOCK_FILE).unlink(missing_ok=True)
+
+
+def _await_orphans(out: Path) -> None:
+    """Wait until the workers of a main process that was killed have ended, and clear away what they were at."""
+    for path in (out / WORK_FOLDER).glob("*.lock"):
+        try:
+            FileLock(path).acquire(timeout=ORPHAN_TIMEOUT_S)
+        except Timeout as error:
+            raise ValueError(
+                f"Process {path.stem} of an interrupted run still writes to {out} after {ORPHAN_TIMEOUT_S:.0f} s. End it."
+            ) from error
+    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
 
 
 def _missing_scenes(out: Path, num_scenes: int) -> list[int]:
@@ -548,15 +564,15 @@ def build_dataset(
 def _complete_world(out: Path, options: dict, *, workers: int, show_progress: bool) -> None:
     """Make what is missing."""
     num_scenes = options["num_scenes"]
+    _await_orphans(out)
     missing = _missing_scenes(out, num_scenes)
     if missing or not _has_tables(out):
         (out / "README.md").unlink(missing_ok=True)
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
         for folder in ("rooms", "geometry", "depth", "scenes", "questions", "benchmark", WORK_FOLDER):
             (out / folder).mkdir(parents=True, exist_ok=True)
         tasks = [(out, index, options) for index in missing]
         done = num_scenes - len(missing)
-        with _open_pool(workers) as pool:
+        with _open_pool(workers, out / WORK_FOLDER) as pool:
             with tqdm(total=num_scenes, initial=done, desc="Rooms", unit="scene", disable=not show_progress) as bar:
                 _run(make_scene, tasks, pool=pool, bar=bar)
             _write_tables(out, options, pool=pool, show_progress=show_progress)

@@ -14,9 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from PIL import Image
 from safetensors.numpy import load_file
 
+from geode.data.synthetic_rooms import dataset
 from geode.data.synthetic_rooms.baselines import blind_baselines
 from geode.data.synthetic_rooms.dataset import SPLITS, build_dataset, scene_name_of, split_of
 from geode.data.synthetic_rooms.questions import QUESTION_TYPES
@@ -105,7 +107,6 @@ def test_build_dataset_survives_kills_and_gives_the_same_bytes_with_two_processe
     before = count(out, "depth/*")
     assert kill_when(second, lambda: count(out, "depth/*") >= before + 2, whole_group=False)
     assert not (out / "README.md").exists()
-    time.sleep(0.5)  # the orphaned workers notice
     build_dataset(out, num_scenes=NUM_SCENES, seed=3, num_workers=1, **SMALL)
     assert digests(out) == digests(whole)
 
@@ -169,6 +170,22 @@ def test_build_dataset_makes_again_what_is_missing_or_cut_short(world, tmp_path,
         (out / name).write_bytes(content[:size])
     assert build_dataset(out, num_scenes=NUM_SCENES, seed=3, num_workers=1, **SMALL) == summary
     assert digests(out) == digests(whole)
+
+
+def test_build_dataset_waits_for_the_workers_of_a_killed_run(tmp_path, monkeypatch):
+    """Two of these workers' files would mix with those of the resumed run: each holds a lock for as long as it lives."""
+    out = tmp_path / "rooms"
+    killed = start_build(tmp_path, out, num_scenes=NUM_SCENES, num_workers=2)
+    assert kill_when(killed, lambda: count(out, ".work/*.lock") == 2, whole_group=False)
+    (orphan, *_) = (out / ".work").glob("*.lock")
+    lock = FileLock(orphan)
+    lock.acquire(timeout=60)  # once the orphan has ended
+    monkeypatch.setattr(dataset, "ORPHAN_TIMEOUT_S", 0.2)
+    with pytest.raises(
+        ValueError, match=rf"Process {orphan.stem} of an interrupted run still writes to .*rooms after"
+    ):
+        build_dataset(out, num_scenes=NUM_SCENES, seed=3, num_workers=1, **SMALL)
+    lock.release()
 
 
 def test_build_dataset_refuses_a_folder_that_another_process_writes(world, tmp_path):

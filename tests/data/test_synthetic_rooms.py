@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 
 import geode
 from geode.data import plans
-from geode.data.synthetic_rooms import draw
+from geode.data.synthetic_rooms import build, draw
 from geode.data.synthetic_rooms.boxes import box_distance, canonical_box, footprint, points_in_box, transform_box
-from geode.data.synthetic_rooms.build import build_scene
+from geode.data.synthetic_rooms.build import X264_OPTIONS, build_scene, write_video
 from geode.data.synthetic_rooms.furniture import CATEGORIES, WHITE
 from geode.data.synthetic_rooms.questions import QUESTION_TYPES, scene_questions, select_questions
 from geode.data.synthetic_rooms.render import Raycaster, render_walk, smooth_light
@@ -28,6 +28,7 @@ from geode.data.synthetic_rooms.scene import describe_scene
 from geode.data.synthetic_rooms.shapes import Part, PartList, part_mesh
 from geode.data.synthetic_rooms.walks import pinhole_intrinsics, plan_walk, resize_intrinsics, scene_from_room
 from geode.modeling_geode.scene_geode import SceneGeometry
+from geode.modeling_geode.video_processing_geode import load_video_frames
 
 
 SCENE_FOLDER = Path(geode.__file__).parent / "assets" / "embedded_scene"
@@ -422,6 +423,17 @@ path = pathlib.Path(sys.argv[1])
 write_video(path, np.stack([np.asarray(frame) for frame in frames]))
 print(hashlib.sha256(path.read_bytes()).hexdigest())
 """
+
+
+def test_video_bytes_do_not_depend_on_the_processor(tmp_path, monkeypatch):
+    """x264's macroblock tree chooses otherwise with AVX-512, and not always alike."""
+    frames, _ = load_video_frames(SCENE_FOLDER / "room.mp4", num_frames=16)
+    frames = np.stack([np.asarray(Image.fromarray(frame).resize((80, 60))) for frame in frames])
+    write_video(tmp_path / "native.mp4", frames)
+    plain = X264_OPTIONS | {"x264-params": X264_OPTIONS["x264-params"] + ":asm=0"}
+    monkeypatch.setattr(build, "X264_OPTIONS", plain)
+    write_video(tmp_path / "plain.mp4", frames)
+    assert (tmp_path / "native.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
 
 
 def test_video_bytes_do_not_depend_on_what_memory_held(tmp_path):
