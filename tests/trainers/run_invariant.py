@@ -50,6 +50,7 @@ class Case:
         rows (`str`): One of `ROWS`.
         batch_size, accumulation, steps (`int`): Of each process.
         adapter (`bool`): Train an adapter.
+        dtype (`str`): Of the model.
         changes (`dict`): Further options of the run.
     """
 
@@ -60,6 +61,7 @@ class Case:
     accumulation: int = 1
     steps: int = 2
     adapter: bool = False
+    dtype: str = "float32"
     changes: dict = dataclasses.field(default_factory=dict)
 
 
@@ -172,7 +174,7 @@ def train(case: Case, root: Path, out: Path):
     processor, keeper = make_processor(), KeepGradients()
     extra = {"peft_config": LoraConfig(r=4)} if case.adapter else {}
     trainer = trainer_class(
-        make_model(processor),
+        make_model(processor).to(getattr(torch, case.dtype)),
         config_class(**{**options, **case.changes}),
         train_dataset=with_geometry(ROWS[case.rows]()),
         processing_class=processor,
