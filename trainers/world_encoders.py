@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from transformers import get_cosine_schedule_with_warmup
 
 from geode.data.synthetic_rooms.boxes import points_in_box
 from geode.data.synthetic_rooms.dataset import split_of
@@ -271,21 +272,24 @@ def _mirrored_frames(*maps: torch.Tensor, grid: tuple[int, int]) -> list[torch.T
 # ---- training ----
 
 
-def cosine_rate(step: int, num_steps: int) -> float:
-    """Return the share of the highest learning rate: a twentieth of the steps up, then down along a cosine."""
-    warmup = max(1, num_steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + np.cos(np.pi * (step - warmup) / max(1, num_steps - warmup)))
-
-
-def _fit(
+def fit(
     modules: Sequence[nn.Module], losses: Iterator[torch.Tensor], *, num_steps: int, learning_rate: float
 ) -> float:
-    """Take a step for each loss; return the mean of the last tenth."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    """
+    Train the trainable parameters of some modules with AdamW: a step for each loss.
+
+    Args:
+        modules (`Sequence[nn.Module]`): The modules.
+        losses (`Iterator[torch.Tensor]`): Computes the loss of each step.
+        num_steps (`int`): Number of losses, for the learning rate's course.
+        learning_rate (`float`): Highest one; it falls along a cosine after a twentieth of the steps.
+
+    Returns:
+        `float`: Mean loss of the last tenth of the steps.
+    """
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, num_steps))
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, num_steps // 20), num_steps)
     recent = []
     for step, loss in enumerate(losses):
         optimizer.zero_grad(set_to_none=True)
@@ -347,7 +351,7 @@ def pretrain_vision_tower(
             loss = F.cross_entropy(output[..., :-1].flatten(0, 1), classes.flatten(0, 1))
             yield loss + depth_weight * F.smooth_l1_loss(output[..., -1], depth)
 
-    _fit([base.vision_tower, head], losses(), num_steps=num_steps, learning_rate=learning_rate)
+    fit([base.vision_tower, head], losses(), num_steps=num_steps, learning_rate=learning_rate)
     _set_trainable(base.vision_tower, False)
     return head
 
@@ -435,7 +439,7 @@ def pretrain_point_encoder(
                 loss = loss + box_weight * (box * mask).sum() / mask.sum().clamp(min=1)
             yield loss
 
-    _fit([base.point_encoder, head], losses(), num_steps=num_steps, learning_rate=learning_rate)
+    fit([base.point_encoder, head], losses(), num_steps=num_steps, learning_rate=learning_rate)
     _set_trainable(base.point_encoder, False)
     return head
 
@@ -505,7 +509,7 @@ def point_accuracy(model, head: nn.Module, scenes: Sequence[LabelledScene]) -> d
 __all__ = [
     "BACKGROUND",
     "LabelledScene",
-    "cosine_rate",
+    "fit",
     "list_classes",
     "list_scenes",
     "load_labelled_scene",

@@ -7,18 +7,14 @@ answers of the training split, without any scene; half of them after a list of w
 rationale follows. So it learns the words, to look things up in what it was shown, and some arithmetic.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
 
 from geode.data.schemas import Record
 from geode.modeling_geode.chat_geode import TURN_END_TOKEN, TURN_START_TOKEN
-from geode.trainers.world_encoders import cosine_rate
+from geode.trainers.world_encoders import fit
 
-
-logger = logging.getLogger(__name__)
 
 DIGITS = 2
 
@@ -97,24 +93,15 @@ def pretrain_language_model(
         `float`: Mean cross-entropy per token over the last tenth of the steps.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = [*model.model.language_model.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, num_steps))
-    rows, recent = _rows(tokenizer, records, scenes, length, generator), []
-    for step in range(num_steps):
-        ids = torch.stack([next(rows) for _ in range(batch_size)])
-        loss = model(input_ids=ids, labels=ids, return_regression_values=False).ce_loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        recent = [*recent, float(loss.detach())][-max(1, num_steps // 10) :]
-        if step % 100 == 99:
-            logger.info("step %d of %d: loss %.3f", step + 1, num_steps, sum(recent) / len(recent))
-    return sum(recent) / max(1, len(recent))
+    language_model = model.model.language_model.requires_grad_(True)
+    rows = _rows(tokenizer, records, scenes, length, generator)
+
+    def losses():
+        for _ in range(num_steps):
+            ids = torch.stack([next(rows) for _ in range(batch_size)])
+            yield model(input_ids=ids, labels=ids, return_regression_values=False).ce_loss
+
+    return fit([language_model], losses(), num_steps=num_steps, learning_rate=learning_rate)
 
 
 def _rows(tokenizer, records, scenes, length: int, generator: torch.Generator):

@@ -26,7 +26,7 @@ from torch import nn
 
 from geode.data.feature_store import FeatureStore, StoredScene, collate_stored_scenes
 from geode.modeling_geode.regression_geode import encode_values
-from geode.trainers.world_encoders import BACKGROUND, cosine_rate
+from geode.trainers.world_encoders import BACKGROUND, fit
 
 
 logger = logging.getLogger(__name__)
@@ -277,23 +277,19 @@ def pretrain_rationale_module(
         torch.manual_seed(seed)
         head = LookupHead(len(scenes[0].counts), widths[0], fused_width=widths[1])
     base.drm.requires_grad_(True).train()
-    parameters = [*base.drm.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_rate(step, num_steps))
-    order: list[int] = []
-    for step in range(num_steps):
-        if len(order) < batch_size:
-            order = torch.randperm(len(scenes), generator=generator).tolist()
-        chosen = [scenes[order.pop()] for _ in range(min(batch_size, len(order)))]
-        losses = lookup_losses(look_up(model, head, chosen), chosen)
-        optimizer.zero_grad(set_to_none=True)
-        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99:
-            values = " ".join(f"{name} {float(loss.detach()):.3f}" for name, loss in losses.items())
-            logger.info("step %d of %d: %s", step + 1, num_steps, values)
+
+    def losses():
+        order: list[int] = []
+        for step in range(num_steps):
+            if len(order) < batch_size:
+                order = torch.randperm(len(scenes), generator=generator).tolist()
+            chosen = [scenes[order.pop()] for _ in range(min(batch_size, len(order)))]
+            terms = lookup_losses(look_up(model, head, chosen), chosen)
+            if step % 100 == 99:
+                logger.info(" ".join(f"{name} {float(term.detach()):.3f}" for name, term in terms.items()))
+            yield sum(WEIGHTS[name] * term for name, term in terms.items())
+
+    fit([base.drm, head], losses(), num_steps=num_steps, learning_rate=learning_rate)
     base.drm.eval()
     return head
 
