@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from geode.data.feature_store import FeatureStore
 from geode.data.messages import messages_from_record
@@ -206,28 +207,40 @@ class GeodeDataCollator:
         )
         return {**batch, **self._padded_questions(questions), **collate_media(media), **self._switches()}
 
-    def prompt(self, record: Record | dict) -> dict[str, torch.Tensor]:
+    def prompt(self, *records: Record | dict) -> dict[str, torch.Tensor]:
         """
-        Make the inputs of `generate` for one question: its scene, its conversation up to the last answer, and no answer.
+        Make the inputs of `generate` for questions: scenes, conversations up to the last answer, and no answer.
 
         Args:
-            record ([`Record`] or `dict`): The question.
+            *records ([`Record`] or `dict`): The questions, of any scenes.
 
         Returns:
-            `dict[str, torch.Tensor]`: Arguments of the model for a batch of one.
+            `dict[str, torch.Tensor]`: Arguments of the model for a batch of them, padded on the left.
         """
-        (record,) = records_of(record)
-        medium = self._loader.load(self._shown(record))
-        inputs = self.processor.apply_chat_template(
-            self._turns(record, medium)[:-1],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            use_geometry=self.use_geometry,
-            num_rationale_tokens=self.num_rationale_tokens,
-        )
-        tokens = {name: tensor for name, tensor in inputs.items() if name in TOKEN_INPUTS}
-        return {**tokens, **collate_media([medium]), **self._switches()}
+        rows, media = [], []
+        for example in records:
+            (record,) = records_of(example)
+            medium = self._loader.load(self._shown(record))
+            inputs = self.processor.apply_chat_template(
+                self._turns(record, medium)[:-1],
+                tokenize=True,
+                return_dict=True,
+                add_generation_prompt=True,
+                use_geometry=self.use_geometry,
+                num_rationale_tokens=self.num_rationale_tokens,
+            )
+            rows.append({name: tensor[0] for name, tensor in inputs.items() if name in TOKEN_INPUTS})
+            media.append(medium)
+        for row in rows:  # a question without media has no types
+            row.setdefault("mm_token_type_ids", torch.zeros_like(row["input_ids"]))
+        fill = dict.fromkeys(("input_ids", "question_input_ids"), self.processor.tokenizer.pad_token_id)
+        tokens = {
+            name: pad_sequence(
+                [row[name] for row in rows], batch_first=True, padding_value=fill.get(name, 0), padding_side="left"
+            )
+            for name in rows[0]
+        }
+        return {**tokens, **collate_media(media), **self._switches()}
 
     def expected_answer(self, record: Record | dict) -> str:
         """

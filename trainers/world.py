@@ -7,9 +7,9 @@ is there:
 
 | Stage | What trains | On what |
 | --- | --- | --- |
-| `encoders` | vision tower, point encoder | labels of patches and points; frozen after |
-| `features` | | what both make of every scene, in a feature store |
-| `language` | language model | questions, rationales and answers, as text alone |
+| `parts` | vision tower, point encoder | labels of patches and points; frozen after |
+| | language model | questions, rationales and answers, as text alone |
+| `features` | | what both encoders make of every scene, in a feature store |
 | `lookup` | rationale module | what is where, through a head that is thrown away |
 | `alignment` | projector | questions; the recipe of the paper's first stage |
 | `locate` | what stage 2 trains | "Locate the ..." alone |
@@ -25,16 +25,20 @@ rises when each question is shown another room.
 import argparse
 import json
 import logging
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module, resources
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -68,9 +72,8 @@ from geode.trainers.world_scores import answer_records, blind_scores, score_answ
 logger = logging.getLogger(__name__)
 
 STAGES = (
-    "encoders",
+    "parts",
     "features",
-    "language",
     "lookup",
     "alignment",
     "locate",
@@ -84,9 +87,9 @@ NUM_HELD_OUT = 40  # scenes of the validation split that parts and stages are me
 NUM_TEST = 100  # scenes of the test split that are asked about in the end
 # Steps of the parts that stand for public checkpoints, of the curriculum, and of the paper's stages.
 STEPS = {
-    "vision": 2500,
-    "points": 1500,
-    "language": 1200,
+    "vision_tower": 4000,
+    "point_encoder": 1600,
+    "language_model": 1200,
     "lookup": 4000,
     "alignment": 400,
     "locate": 800,
@@ -185,8 +188,8 @@ class World:
 # ---- the parts that stand for public checkpoints ----
 
 
-def train_encoders(world: World) -> dict:
-    """Make the model, and train its vision tower and point encoder."""
+def train_parts(world: World) -> dict:
+    """Make the model, and train vision tower, point encoder and language model, each in a process of its own."""
     set_seed(world.seed)
     processor = make_processor(world.records, world.classes[1:])
     model = GeodeForConditionalGeneration(make_config(processor))
@@ -196,23 +199,70 @@ def train_encoders(world: World) -> dict:
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
     )
-
-    def load(names: Sequence[str]) -> list:
-        options = {"processor": processor, "classes": world.classes, "grid": model.config.patch_grid}
-        return [load_labelled_scene(world.rooms, name, **options) for name in names]
-
-    seen, held_out = load(world.train_scenes), load(world.held_out_scenes)
-    head = pretrain_vision_tower(model, seen, num_steps=world.steps("vision"), seed=world.seed)
-    facts = {"vision_tower": vision_accuracy(model, head, held_out)}
-    head = pretrain_point_encoder(model, seen, num_steps=world.steps("points"), seed=world.seed)
-    facts["point_encoder"] = point_accuracy(model, head, held_out)
-    world.save("encoders", model, processor)
+    world.save("untrained", model, processor)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        runs = {name: pool.submit(_train_part, replace(world), name) for name in PARTS}
+        facts = {name: run.result() for name, run in runs.items()}
+    for name in PARTS:
+        getattr(model.model, name).load_state_dict(load_file(world.out / "untrained" / f"{name}.safetensors"))
+    world.save("parts", model, processor)
     return facts
+
+
+def _train_part(world: World, name: str) -> dict:
+    """Train one part of the untrained model, and leave its weights beside it; those of an earlier run are kept."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name}: %(message)s")
+    torch.set_num_threads(1)
+    weights, done = (world.out / "untrained" / f"{name}.{suffix}" for suffix in ("safetensors", "json"))
+    if done.is_file():
+        return json.loads(done.read_text("ascii"))
+    model, processor = world.load("untrained")
+    facts = PARTS[name](world, model, processor)
+    save_file(getattr(model.model, name).state_dict(), weights)
+    done.write_text(json.dumps(facts) + "\n", encoding="ascii")
+    return facts
+
+
+def _labelled_scenes(world: World, model, processor) -> tuple[list, list]:
+    options = {"processor": processor, "classes": world.classes, "grid": model.config.patch_grid}
+    return tuple(
+        [load_labelled_scene(world.rooms, name, **options) for name in names]
+        for names in (world.train_scenes, world.held_out_scenes)
+    )
+
+
+def _train_vision_tower(world: World, model, processor) -> dict:
+    seen, held_out = _labelled_scenes(world, model, processor)
+    head = pretrain_vision_tower(model, seen, num_steps=world.steps("vision_tower"), seed=world.seed)
+    return vision_accuracy(model, head, held_out)
+
+
+def _train_point_encoder(world: World, model, processor) -> dict:
+    seen, held_out = _labelled_scenes(world, model, processor)
+    head = pretrain_point_encoder(model, seen, num_steps=world.steps("point_encoder"), seed=world.seed)
+    return point_accuracy(model, head, held_out)
+
+
+def _train_language_model(world: World, model, processor) -> dict:
+    scenes = {name: read_scene_record(world.rooms, name) for name in world.train_scenes}
+    steps = world.steps("language_model")
+    loss = pretrain_language_model(
+        model, processor.tokenizer, world.records, scenes=scenes, num_steps=steps, seed=world.seed
+    )
+    return {"loss": loss}
+
+
+# The longest first.
+PARTS = {
+    "vision_tower": _train_vision_tower,
+    "point_encoder": _train_point_encoder,
+    "language_model": _train_language_model,
+}
 
 
 def store_features(world: World) -> dict:
     """Store what the frozen encoders make of the scenes of every split."""
-    model, processor = world.load("encoders")
+    model, processor = world.load("parts")
     names = sorted(name for split in SPLITS for name in list_scenes(world.rooms, split))
     items = [VideoItem(f"rooms/{name}.mp4", f"geometry/{name}") for name in names]
     report = precompute(
@@ -226,27 +276,10 @@ def store_features(world: World) -> dict:
     return {"scenes": report.num_scenes}
 
 
-def train_language(world: World) -> dict:
-    """Train the language model on text alone."""
-    set_seed(world.seed)
-    model, processor = world.load("encoders")
-    scenes = {name: read_scene_record(world.rooms, name) for name in world.train_scenes}
-    loss = pretrain_language_model(
-        model,
-        processor.tokenizer,
-        world.records,
-        scenes=scenes,
-        num_steps=world.steps("language"),
-        seed=world.seed,
-    )
-    world.save("language", model, processor)
-    return {"loss": loss}
-
-
 def train_lookup(world: World) -> dict:
     """Train the rationale module to say what is where."""
     set_seed(world.seed)
-    model, processor = world.load("language")
+    model, processor = world.load("parts")
     store = FeatureStore(world.out / STORE)
     entry = model.config.control_tokens["<3DBBOX>"]
     side = model.config.drm_config.spatial_pooling
@@ -396,9 +429,8 @@ def score(world: World) -> dict:
 
 
 RUNS: dict[str, Callable[[World], dict]] = {
-    "encoders": train_encoders,
+    "parts": train_parts,
     "features": store_features,
-    "language": train_language,
     "lookup": train_lookup,
     "alignment": lambda world: run_recipe(world, "alignment", source="lookup"),
     "locate": lambda world: train_curriculum(world, "locate", source="alignment"),

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 BACKGROUND = 0
 BOX_MARGIN_M = 0.04  # surfaces lie on their box, and voxels move them
+OBJECT_WEIGHT = 4.0
 BOX_TARGETS = 8  # offset of the centre 3, logarithms of the sizes 3, sine and cosine of twice the yaw
 MIN_OBJECT_SHARE = 0.25  # of a token's points, for its box to be learned
 LOG_DEPTH_MEAN, LOG_DEPTH_STD = 1.0, 0.5
@@ -303,6 +304,12 @@ def fit(
     return sum(recent) / max(1, len(recent))
 
 
+def _class_loss(logits: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against shares, in which furniture weighs `OBJECT_WEIGHT` times as much as the room around it."""
+    weights = 1.0 + (OBJECT_WEIGHT - 1.0) * (1.0 - shares[:, BACKGROUND])
+    return (weights * F.cross_entropy(logits, shares, reduction="none")).sum() / weights.sum()
+
+
 def _set_trainable(encoder: nn.Module, is_trainable: bool) -> None:
     encoder.requires_grad_(is_trainable)
     encoder.train(is_trainable)
@@ -348,7 +355,7 @@ def pretrain_vision_tower(
             flips = torch.randint(2, (batch_size,), generator=generator).bool().tolist()
             pixels, classes, depth = _frame_batch(scenes, places, flips, grid=base.config.patch_grid)
             output = head(base.vision_tower(pixels).last_hidden_state[:, 1:])
-            loss = F.cross_entropy(output[..., :-1].flatten(0, 1), classes.flatten(0, 1))
+            loss = _class_loss(output[..., :-1].flatten(0, 1), classes.flatten(0, 1))
             yield loss + depth_weight * F.smooth_l1_loss(output[..., -1], depth)
 
     fit([base.vision_tower, head], losses(), num_steps=num_steps, learning_rate=learning_rate)
@@ -433,7 +440,7 @@ def pretrain_point_encoder(
             ]
             tokens, shares, targets, mask = _cloud_batch(base, chosen, num_classes)
             output = head(tokens)
-            loss = F.cross_entropy(output[:, :num_classes], shares)
+            loss = _class_loss(output[:, :num_classes], shares)
             if box_weight > 0:
                 box = F.smooth_l1_loss(output[:, num_classes:], targets, reduction="none", beta=0.2).mean(dim=1)
                 loss = loss + box_weight * (box * mask).sum() / mask.sum().clamp(min=1)

@@ -23,7 +23,7 @@ from geode.modeling_geode.video_processing_geode import GeodeImageProcessor
 IMAGE_SIZE, PATCH_SIZE, NUM_FRAMES, NUM_RATIONALE_TOKENS = 112, 14, 8, 16
 GRID_SIZE_M, MAX_POINTS, MAX_CONTEXT_TOKENS = 0.125, 4096, 512
 HIDDEN_SIZE, NUM_LAYERS = 128, 3
-VISION_SIZE, DRM_SIZE = 96, 96
+VISION_SIZE, DRM_SIZE = 128, 96
 VOCAB_SIZE, NUM_PHRASES, MIN_PHRASE_COUNT = 2048, 80, 40
 TURNS = ("left", "right", "back", "front", "Left", "Right", "Back", "Turn")
 # About HIDDEN_SIZE ** -0.5. At the usual 0.02 attention starts flat at this width, and reads nothing for hundreds of steps.
@@ -161,7 +161,7 @@ def make_config(processor: GeodeProcessor) -> GeodeConfig:
         vision_config={
             "model_type": "internvl_vision",
             "hidden_size": VISION_SIZE,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "intermediate_size": 2 * VISION_SIZE,
             "image_size": [IMAGE_SIZE, IMAGE_SIZE],

@@ -40,22 +40,25 @@ def relative_accuracy(value: float, truth: float) -> float:
 
 
 @torch.no_grad()
-def answer_records(model, collator: GeodeDataCollator, records: Sequence[Record], *, max_new_tokens: int = 8) -> list:
+def answer_records(
+    model, collator: GeodeDataCollator, records: Sequence[Record], *, max_new_tokens: int = 8, batch_size: int = 16
+) -> list:
     """
-    Generate the answers to questions, one by one, as a user would ask them.
+    Generate the answers to questions.
 
     Args:
         model ([`GeodeForConditionalGeneration`]): The model, in evaluation mode.
         collator ([`GeodeDataCollator`]): Finds the scenes and makes the prompts.
         records (`Sequence[Record]`): Questions.
         max_new_tokens (`int`, defaults to 8): Longest answer.
+        batch_size (`int`, defaults to 16): Questions at a time.
 
     Returns:
         `list[Answer]`: The answers.
     """
     answers = []
-    for record in records:
-        inputs = collator.prompt(record)
+    for start in range(0, len(records), batch_size):
+        inputs = collator.prompt(*records[start : start + batch_size])
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
         answers += collator.processor.post_process_answers(output, input_ids=inputs["input_ids"])
     return answers

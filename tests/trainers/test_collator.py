@@ -66,6 +66,29 @@ def control_positions(processor, batch) -> torch.Tensor:
 # ---- inputs and labels ----
 
 
+def test_prompts_of_several_scenes_answer_as_each_alone(processor, make):
+    """Of unlike lengths, so that all but one are padded."""
+    model, collator = make_model(processor).eval(), make()
+    records = [
+        make_records("rooms/one.mp4", count=2)[1],
+        make_records("rooms/two", count=4)[3],
+        text_record(media="rooms/two"),
+    ]
+    batch = collator.prompt(*records)
+    assert batch["input_ids"].shape[0] == 3
+    assert (batch["attention_mask"] == 0).any(dim=1).sum() >= 1
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(**batch, **options)
+    for row, record in enumerate(records):
+        alone = model.generate(**collator.prompt(record), **options)
+        length = batch["input_ids"].shape[1]
+        assert (
+            together.sequences[row, length:].tolist()
+            == alone.sequences[0, -together.sequences[row, length:].shape[0] :].tolist()
+        )
+        torch.testing.assert_close(together.logits[0][row], alone.logits[0][0], rtol=1e-4, atol=1e-4)
+
+
 def test_batch_is_what_the_processor_makes_of_the_chats(processor, root, make):
     """The processor is called here as a user calls it: with the video file, and all chats at once."""
     records = make_records(count=3)
