@@ -358,38 +358,71 @@ def train_curriculum(world: World, stage: str, *, source: str) -> dict:
     """Train what stage 2 trains on some types of question: the curriculum, each part of which goes on from the one before."""
     set_seed(world.seed)
     model, processor = world.load(source)
+    trainer = curriculum_trainer(world, stage, model, processor, output_dir=world.out / stage)
+    trainer.train(resume_from_checkpoint=find_checkpoint(world.out / stage))
+    metrics = trainer.evaluate()
+    world.save(stage, trainer.geode_model, processor)
+    trainer.end()
+    return metrics
+
+
+def curriculum_trainer(
+    world: World,
+    stage: str,
+    model: GeodeForConditionalGeneration,
+    processor: GeodeProcessor,
+    *,
+    output_dir: Path,
+    collator: GeodeDataCollator | None = None,
+    **options: object,
+) -> GeodeStage2Trainer:
+    """
+    Make the trainer of a part of the curriculum.
+
+    Args:
+        world ([`World`]): The run.
+        stage (`str`): A key of `CURRICULUM`.
+        model ([`GeodeForConditionalGeneration`]): The model.
+        processor ([`GeodeProcessor`]): Its processor.
+        output_dir (`Path`): Folder of its checkpoints.
+        collator ([`GeodeDataCollator`], *optional*): In the place of the trainer's own.
+        **options: Options of [`GeodeStage2Config`] that replace those of the curriculum.
+
+    Returns:
+        [`GeodeStage2Trainer`]: The trainer.
+    """
+    types, num_steps = CURRICULUM[stage], world.steps(stage)
+    defaults = {
+        "data_root": str(world.data),
+        "media_root": str(world.rooms),
+        "feature_store": str((world.out / STORE).resolve()),
+        "questions_per_pack": QUESTIONS_PER_PACK,
+        "per_device_train_batch_size": PACKS_PER_STEP,
+        "max_steps": num_steps,
+        "learning_rate": LEARNING_RATE,
+        "drh_learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 50,
+        "eval_strategy": "steps",
+        "eval_steps": max(2, num_steps // 6),
+        "save_steps": max(2, num_steps // 6),
+        "save_total_limit": 1,
+        "num_eval_examples": 2,
+        "max_new_tokens": 8,
+        "activation_checkpointing": False,
+        "report_to": [],
+        "seed": world.seed,
+    }
     held_out = set(world.held_out_scenes)
-    types = CURRICULUM[stage]
-    arguments = GeodeStage2Config(
-        output_dir=str(world.out / stage),
-        data_root=str(world.data),
-        media_root=str(world.rooms),
-        feature_store=str((world.out / STORE).resolve()),
-        questions_per_pack=QUESTIONS_PER_PACK,
-        per_device_train_batch_size=PACKS_PER_STEP,
-        max_steps=world.steps(stage),
-        learning_rate=LEARNING_RATE,
-        drh_learning_rate=LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        bf16=False,
-        use_cpu=True,
-        logging_steps=50,
-        eval_strategy="steps",
-        eval_steps=max(2, world.steps(stage) // 6),
-        save_steps=max(2, world.steps(stage) // 6),
-        save_total_limit=1,
-        num_eval_examples=2,
-        max_new_tokens=8,
-        activation_checkpointing=False,
-        report_to=[],
-        seed=world.seed,
-    )
-    trainer = GeodeStage2Trainer(
+    return GeodeStage2Trainer(
         model,
-        arguments,
+        GeodeStage2Config(output_dir=str(output_dir), **{**defaults, **options}),
+        data_collator=collator,
         train_dataset=[record for record in world.records if record.question_type in types],
         eval_dataset=[
             record
@@ -398,11 +431,6 @@ def train_curriculum(world: World, stage: str, *, source: str) -> dict:
         ],
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(world.out / stage))
-    metrics = trainer.evaluate()
-    world.save(stage, trainer.geode_model, processor)
-    trainer.end()
-    return metrics
 
 
 # ---- what came out ----

@@ -2,6 +2,7 @@
 """Ask a model every question of held-out rooms, and score its answers task by task beside the blind baselines."""
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from geode.trainers.training_metrics import MRA_TOLERANCES
 
 
 BOX_TASK = "object_localization"
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def relative_accuracy(value: float, truth: float) -> float:
@@ -74,16 +76,19 @@ def score_answers(records: Sequence[Record], answers: Sequence) -> dict[str, dic
 
     Returns:
         `dict[str, dict[str, float]]`: For each task `n` and `score`: percent of letters that are right, or mean relative
-        accuracy in percent. For boxes `median_center_error_m` and `share_within_1m`; without a box the error is infinite.
+        accuracy in percent, of numbers and boxes as values or as digits. For boxes `median_center_error_m` and `share_within_1m`; without a box the error is infinite.
     """
     scores: dict[str, list[float]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):
+        written = [float(number) for number in NUMBER.findall(answer.text)]  # by a model of digits
         if record.box is not None:
-            center = answer.boxes[0].center if answer.boxes else (torch.inf,) * 3
-            scores[BOX_TASK].append(torch.dist(torch.tensor(center), torch.tensor(record.box[:3])).item())
+            center = answer.boxes[0].center if answer.boxes else written[:3]
+            center = torch.tensor(center if len(center) == 3 else (torch.inf,) * 3)
+            scores[BOX_TASK].append(torch.dist(center, torch.tensor(record.box[:3])).item())
         elif record.value_si is not None:
-            value = answer.values[0].si_value if answer.values else 0.0
-            scores[str(record.question_type)].append(relative_accuracy(value, record.value_si))
+            value = answer.values[0].si_value if answer.values else (written or [0.0])[0]
+            truth = record.value_si if answer.values else record.value
+            scores[str(record.question_type)].append(relative_accuracy(value, truth))
         else:
             scores[str(record.question_type)].append(float(answer.text.strip()[:1] == record.letter))
     found: dict[str, dict[str, float]] = {}
