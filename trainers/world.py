@@ -16,7 +16,8 @@ is there:
 | `measure` | what stage 2 trains | boxes, distances, sizes, counts, directions |
 | `stage1` | rationale module | rationales, with the language model frozen |
 | `stage2` | projector, language model, regression head | all questions |
-| `scores` | | every task on held-out rooms, beside the blind baselines |
+| `scores` | | every task on held-out rooms, also with another room shown |
+| `checkpoint` | | the folder to ship, with its card |
 
 Localisation comes first, or nothing else is learned. Every stage that shows scenes logs the shuffled-scene gate: how much the loss
 rises when each question is shown another room.
@@ -39,7 +40,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, set_seed
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from geode.data.feature_store import FeatureStore
@@ -49,10 +50,11 @@ from geode.data.schemas import Record
 from geode.data.synthetic_rooms.dataset import SPLITS
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
-from geode.trainers.collator import GeodeDataCollator
+from geode.trainers.collator import GeodeDataCollator, exchanged_scenes
 from geode.trainers.precompute import VideoItem, precompute
 from geode.trainers.stage2_config import GeodeStage2Config
 from geode.trainers.stage2_trainer import GeodeStage2Trainer
+from geode.trainers.world_card import build_world_card
 from geode.trainers.world_encoders import (
     list_classes,
     list_scenes,
@@ -66,7 +68,7 @@ from geode.trainers.world_encoders import (
 from geode.trainers.world_language import pretrain_language_model
 from geode.trainers.world_lookup import load_lookup_scene, lookup_accuracy, pretrain_rationale_module
 from geode.trainers.world_model import make_config, make_processor
-from geode.trainers.world_scores import answer_records, blind_scores, score_answers, score_table
+from geode.trainers.world_scores import answer_records, blind_scores, score_answers
 
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ STAGES = (
     "stage1",
     "stage2",
     "scores",
+    "checkpoint",
 )
 DATASET, STORE = "rooms", "store"
 NUM_HELD_OUT = 40  # scenes of the validation split that parts and stages are measured on
@@ -437,23 +440,41 @@ def curriculum_trainer(
 
 
 def score(world: World) -> dict:
-    """Ask every question of the test split, and write the table."""
+    """Ask every question of the test split, with its room and with another one."""
     model, processor = world.load("stage2")
     collator = GeodeDataCollator(
         processor=processor, media_root=world.rooms, feature_store=FeatureStore(world.out / STORE)
     )
     asked = set(list_scenes(world.rooms, "test")[:NUM_TEST])
     records = [record for record in world.questions("test") if record.scene in asked]
-    scores = score_answers(records, answer_records(model.eval(), collator, records))
+    found = {}
+    for name, shown in (("scores", None), ("shuffled", exchanged_scenes(records))):
+        answers = answer_records(model.eval(), replace(collator, shown_scenes=shown), records)
+        found[name] = score_answers(records, answers)
     centers = torch.tensor([record.box[:3] for record in world.records if record.box is not None])
     mean = centers.mean(dim=0)
     prior = statistics.median(
         torch.dist(torch.tensor(record.box[:3]), mean).item() for record in records if record.box is not None
     )
-    table = score_table(scores, blind_scores(world.rooms), prior_m=prior)
-    (world.out / "scores.md").write_text(table + "\n", encoding="ascii")
-    logger.info("\n%s", table)
-    return {"scores": scores, "prior_m": prior}
+    return {**found, "prior_m": prior, "num_scenes": len(asked)}
+
+
+def write_checkpoint(world: World) -> dict:
+    """Write the folder that can be shipped: the model of stage 2, its facts and its card."""
+    model, processor = world.load("stage2")
+    model.config.use_cache = True
+    folder = world.out / "checkpoint"
+    # The plain methods: the package ships this folder, and needs no copy of the code beside it.
+    PreTrainedModel.save_pretrained(model, folder)
+    ProcessorMixin.save_pretrained(processor, folder)
+    facts = {stage: json.loads((world.out / f"{stage}.json").read_text("ascii")) for stage in STAGES[:-1]}
+    facts |= {"steps": {name: world.steps(name) for name in STEPS}, "seed": world.seed}
+    facts |= {"parameters": model.num_parameters(), "train_scenes": len(world.train_scenes)}
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii")
+    card = build_world_card(facts, blind_scores(world.rooms))
+    (folder / "README.md").write_text(card, encoding="ascii")
+    logger.info("\n%s", card)
+    return {"folder": str(folder)}
 
 
 RUNS: dict[str, Callable[[World], dict]] = {
@@ -466,6 +487,7 @@ RUNS: dict[str, Callable[[World], dict]] = {
     "stage1": lambda world: run_recipe(world, "stage1", source="measure"),
     "stage2": lambda world: run_recipe(world, "stage2", source="measure", drm_path=world.out / "stage1"),
     "scores": score,
+    "checkpoint": write_checkpoint,
 }
 
 

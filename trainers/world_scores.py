@@ -2,6 +2,7 @@
 """Ask a model every question of held-out rooms, and score its answers task by task beside the blind baselines."""
 
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -75,8 +76,9 @@ def score_answers(records: Sequence[Record], answers: Sequence) -> dict[str, dic
         answers (`Sequence[Answer]`): What a model answered.
 
     Returns:
-        `dict[str, dict[str, float]]`: For each task `n` and `score`: percent of letters that are right, or mean relative
-        accuracy in percent, of numbers and boxes as values or as digits. For boxes `median_center_error_m` and `share_within_1m`; without a box the error is infinite.
+        `dict[str, dict[str, float]]`: For each task `n`, `score` (percent of letters that are right, or mean relative accuracy
+        in percent) and its standard `error` over questions. For boxes `median_center_error_m` and `share_within_1m`; without a
+        box the error is infinite. Numbers and boxes may be values or digits.
     """
     scores: dict[str, list[float]] = defaultdict(list)
     for record, answer in zip(records, answers, strict=True):
@@ -101,7 +103,9 @@ def score_answers(records: Sequence[Record], answers: Sequence) -> dict[str, dic
                 "share_within_1m": near,
             }
         else:
-            found[task] = {"n": len(values), "score": 100.0 * sum(values) / len(values)}
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            error = 100.0 * spread / math.sqrt(len(values))
+            found[task] = {"n": len(values), "score": 100.0 * statistics.mean(values), "error": error}
     return found
 
 
@@ -120,29 +124,33 @@ def blind_scores(data_root: str | Path) -> dict[str, float]:
     return {task: max(score for name, score in scores.items() if name != "n") for task, scores in found.items()}
 
 
-def score_table(scores: dict[str, dict[str, float]], blind: dict[str, float], *, prior_m: float) -> str:
+def score_table(scores: dict[str, dict], shuffled: dict[str, dict], blind: dict[str, float], *, prior_m: float) -> str:
     """
     Write scores as a Markdown table, better or worse than chance alike.
 
     Args:
-        scores (`dict[str, dict[str, float]]`): See [`score_answers`].
+        scores (`dict[str, dict]`): See [`score_answers`].
+        shuffled (`dict[str, dict]`): Likewise, with another room shown for each question.
         blind (`dict[str, float]`): See [`blind_scores`].
         prior_m (`float`): Median distance of held-out centres from the mean centre of the training split.
 
     Returns:
-        `str`: The table.
+        `str`: The table. A score is above blind where it is so by more than two standard errors.
     """
-    lines = ["| Task | n | Model | Best blind | Better than blind |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| Task | n | Score | Another room shown | Best blind | Above blind |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for task, values in scores.items():
         if task == BOX_TASK:
-            error, near = values["median_center_error_m"], values["share_within_1m"]
-            verdict = "yes" if error < prior_m else "no"
-            text = f"median error {error:.2f} m, {near:.0%} within 1 m"
-            lines.append(f"| {task} | {values['n']} | {text} | median error {prior_m:.2f} m | {verdict} |")
+            own, other = (f"{found[task]['median_center_error_m']:.2f} m" for found in (scores, shuffled))
+            name = f"{task}: median error of centres ({values['share_within_1m']:.0%} within 1 m)"
+            chance, is_above = f"{prior_m:.2f} m", values["median_center_error_m"] < prior_m
         else:
-            chance = blind.get(task, 0.0)
-            verdict = "yes" if values["score"] > chance else "no"
-            lines.append(f"| {task} | {values['n']} | {values['score']:.1f} | {chance:.1f} | {verdict} |")
+            own, other = f"{values['score']:.1f} +- {values['error']:.1f}", f"{shuffled[task]['score']:.1f}"
+            name, chance = task, f"{blind[task]:.1f}"
+            is_above = values["score"] - 2.0 * values["error"] > blind[task]
+        lines.append(f"| {name} | {values['n']} | {own} | {other} | {chance} | {'yes' if is_above else 'no'} |")
     return "\n".join(lines)
 
 

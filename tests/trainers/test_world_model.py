@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of the tiny model, its text, and the scores of its answers."""
+"""The tokenizer of the tiny model, and its text."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from geode.data.schemas import Record, benchmark_prompt
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.trainers.world_language import pretrain_language_model, text_of
 from geode.trainers.world_model import frequent_phrases, make_config, make_processor
-from geode.trainers.world_scores import blind_scores, relative_accuracy, score_answers, score_table
 
 
 NAMES = ["bed", "tv", "tv stand", "lamp"]
@@ -87,45 +85,3 @@ def test_text_of_lists_the_room_before_the_question(records):
     assert "user\nThe bed is at (1.00, 2.00, 0.25) and measures 2.00 x 1.50 x 0.50 m.\nThese are frames" in listed
     assert listed.endswith("Answer: turn left.<|im_end|>\n")
     assert text_of(records[0]) == listed.replace(listed.partition("user\n")[2].partition("These")[0], "")
-
-
-def test_relative_accuracy_is_the_share_of_tolerances_that_are_kept():
-    # Errors of 0, 7.5, 30, 50 and 100 percent keep those of 5, 10, ... 50 percent that are larger.
-    assert [relative_accuracy(value, 2.0) for value in (2.0, 2.15, 1.4, 3.0, 4.0)] == [1.0, 0.9, 0.4, 0.0, 0.0]
-
-
-def test_scores_are_by_task_and_missing_answers_are_wrong():
-    records = [
-        make_record(0, prompt="?", question_type="object_counting", value_si=2.0),
-        make_record(1, prompt="?", question_type="object_counting", value_si=2.0),
-        make_record(2, prompt="?", question_type="route_planning", kind="choice", letter="B"),
-        make_record(3, prompt="?", kind="box", box=[0.0, 3.0, 4.0, 1.0, 1.0, 1.0, 0.0]),
-        make_record(4, prompt="?", kind="box", box=[0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0]),
-        make_record(5, prompt="?", kind="box", box=[0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0]),
-    ]
-    nothing = SimpleNamespace(text="", values=[], boxes=[])
-    answers = [
-        SimpleNamespace(text="2", values=[SimpleNamespace(si_value=2.0)], boxes=[]),
-        nothing,
-        SimpleNamespace(text="B", values=[], boxes=[]),
-        SimpleNamespace(text="", values=[], boxes=[SimpleNamespace(center=(0.0, 0.0, 0.0))]),
-        SimpleNamespace(text="", values=[], boxes=[SimpleNamespace(center=(0.0, 0.0, 0.0))]),
-        nothing,
-    ]
-    scores = score_answers(records, answers)
-    assert scores["object_counting"] == {"n": 2, "score": 50.0}
-    assert scores["route_planning"] == {"n": 1, "score": 100.0}
-    assert scores["object_localization"] == {
-        "n": 3,
-        "median_center_error_m": 5.0,
-        "share_within_1m": pytest.approx(1 / 3),
-    }
-    table = score_table(scores, {"object_counting": 60.0, "route_planning": 30.0}, prior_m=2.0)
-    assert "| object_counting | 2 | 50.0 | 60.0 | no |" in table
-    assert "| route_planning | 1 | 100.0 | 30.0 | yes |" in table
-    assert "| median error 2.00 m | no |" in table
-
-
-def test_blind_scores_are_the_best_of_each_task(tmp_path):
-    (tmp_path / "baselines.json").write_text('{"object_counting": {"n": 90, "median": 30.5, "best constant": 32.0}}')
-    assert blind_scores(tmp_path) == {"object_counting": 32.0}

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card of the small model that was trained on the embedded world, from the facts of its run."""
+
+from geode.trainers.world_scores import score_table
+
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: video-text-to-text
+tags: [geode, 3d, spatial-reasoning]
+---
+
+# The tiny checkpoint of GEODE
+
+GEODE at the smallest size that runs every part, trained from nothing on {train_scenes} rendered rooms by `make tiny`: in
+{minutes:.0f} minutes on two CPU cores, rooms not counted. {parameters:,} parameters in float32. It knows rendered rooms of the embedded
+world alone; its answers about any other video mean nothing.
+
+Values are SI units in the scene frame: +z up, origin on the floor below the first camera, metres. There is no reconstructor:
+geometry comes with the video.
+
+## Results on {test_scenes} rooms that it was not trained on
+
+Percent of letters that are right, or mean relative accuracy of numbers, with the standard error over questions. "Another room
+shown" asks the same questions of another room: what is left of a score there is not seen. "Best blind" is the best of chance,
+majorities and constants of the training split; for boxes, the distance from the mean centre. "Above blind" means by more than two
+standard errors.
+
+{table}
+
+## How it was made
+
+1. What stands for public checkpoints, none of which exists at this size, was trained on the labels of the world itself: the vision
+   tower ({vision_tower} steps) says of each patch what it shows and how far away that is; the point encoder ({point_encoder} steps)
+   says of each token to what it belongs and where that has its box; both are frozen afterwards. Held out, the former names
+   {vision_accuracy:.0%} of the patches of furniture, the latter {point_accuracy:.0%} of the tokens. The language model
+   ({language_model} steps) read questions, rationales and answers as text alone.
+2. The rationale module learned to look up what is where ({lookup} steps), through a head that was thrown away: held out, a median
+   error of {lookup_error:.2f} m through the rationale tokens, and {patch_error:.2f} m through the fused features. This is an addition
+   to the paper, whose models have millions of rationales to learn it from.
+3. The stages of the paper, by the recipes `tiny_rooms_cpu.yaml`: alignment ({alignment} steps); then a curriculum of what
+   stage 2 trains ("Locate the ..." {locate} steps; boxes and measures {measure} steps); stage 1 ({stage1} steps), in which the frozen
+   language model reconstructs rationales from the rationale tokens alone; stage 2 ({stage2} steps) on all questions.
+
+The fused features are injected into the visual tokens (`inject_features`): the rationale tokens are not all that the language model
+sees of the geometry. The shuffled-scene gate, in nats per answer token, and in the regression loss:
+
+{gate}
+
+## Limitations
+
+Rendered rooms only, of the sizes and categories of the embedded world. It answers whatever it is asked, also about what is not there.
+
+## Licence
+
+Apache-2.0. Everything in it was made by this package; no public weights or data.
+
+Seed {seed}. Command: `make tiny`. All figures are in `facts.json`.
+"""
+
+
+def build_world_card(facts: dict, blind: dict[str, float]) -> str:
+    """
+    Write the card.
+
+    Args:
+        facts (`dict`): What each stage of `geode.trainers.world` returned, by stage, with `steps`, `seed`, `parameters` and
+            `train_scenes`.
+        blind (`dict[str, float]`): Best blind score of each task.
+
+    Returns:
+        `str`: The text of `README.md`.
+    """
+    scores = facts["scores"]
+    parts = facts["parts"]
+    seconds = sum(value["seconds"] for value in facts.values() if isinstance(value, dict) and "seconds" in value)
+    return CARD.format(
+        **facts["steps"],
+        table=score_table(scores["scores"], scores["shuffled"], blind, prior_m=scores["prior_m"]),
+        gate=gate_table(facts),
+        minutes=seconds / 60.0,
+        seed=facts["seed"],
+        parameters=facts["parameters"],
+        train_scenes=facts["train_scenes"],
+        test_scenes=scores["num_scenes"],
+        vision_accuracy=parts["vision_tower"]["object_accuracy"],
+        point_accuracy=parts["point_encoder"]["object_accuracy"],
+        lookup_error=facts["lookup"]["median_center_error_m"],
+        patch_error=facts["lookup"]["patch_median_center_error_m"],
+    )
+
+
+def gate_table(facts: dict) -> str:
+    """
+    Write how much losses rise when each question is shown another room.
+
+    Args:
+        facts (`dict`): By stage, the metrics of its last evaluation.
+
+    Returns:
+        `str`: A Markdown table of the stages that were evaluated both ways.
+    """
+    lines = [
+        "| Stage | Text | Text, another room | Values | Values, another room |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for stage, found in facts.items():
+        if not isinstance(found, dict) or "eval_shuffled_loss/ce" not in found:
+            continue
+        names = ("eval_loss/ce", "eval_shuffled_loss/ce", "eval_loss/drh", "eval_shuffled_loss/drh")
+        cells = [f"{found[name]:.3f}" if name in found else "" for name in names]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+__all__ = ["build_world_card", "gate_table"]
