@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor, set_seed
+from transformers import set_seed
 
 import geode
 from geode.data.schemas import Record
 from geode.data.synthetic_rooms.questions import prompt_of
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.scene_geode import SceneGeometry
-from geode.trainers.tiny import make_config, read_rows
+from tests import common_tiny
+from tests.common_tiny import make_config, read_rows
 
 
 GEOMETRY = "geometry/{stem}"
@@ -47,8 +48,8 @@ def make_media(root: Path) -> Path:
 
 
 def make_processor():
-    """The tiny checkpoint's processor, as tests may change it."""
-    return AutoProcessor.from_pretrained(geode.tiny_checkpoint())
+    """A small processor, as tests may change it."""
+    return common_tiny.make_processor()
 
 
 def record_of(row: dict, *, media: str = "rooms/one.mp4", **changes) -> Record:

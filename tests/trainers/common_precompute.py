@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import set_seed
 
-import geode
 from geode.data.synthetic_rooms.build import write_video
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.modeling_geode.scene_geode import SceneGeometry
+from tests.common_tiny import make_config, make_processor
 from tests.modeling_geode.common_geode import tiny_vggt
 
 
@@ -76,10 +77,10 @@ def make_rooms(root: Path) -> list[tuple[str, str | None]]:
 
 
 def load_model() -> tuple[GeodeForConditionalGeneration, GeodeProcessor]:
-    """The shipped checkpoint, with a random reconstructor of frames 28 pixels wide."""
-    folder = geode.tiny_checkpoint()
-    model = GeodeForConditionalGeneration.from_pretrained(folder).eval()
-    processor = GeodeProcessor.from_pretrained(folder)
+    """A small random model, with a random reconstructor of frames 28 pixels wide."""
+    set_seed(0)
+    processor = make_processor()
+    model = GeodeForConditionalGeneration(make_config(processor)).eval()
     model.attach_reconstructor(tiny_vggt())
     processor.geometry_frame_size = model.config.reconstructor_config.image_size
     return model, processor

@@ -6,11 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, set_seed
+from transformers import set_seed
 
-import geode
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
-from geode.trainers.tiny import make_config
 from geode.trainers.world_encoders import (
     LOG_DEPTH_MEAN,
     LOG_DEPTH_STD,
@@ -25,6 +23,7 @@ from geode.trainers.world_encoders import (
     turned,
     vision_accuracy,
 )
+from tests.common_tiny import make_config, make_processor
 
 
 NUM_CLASSES = 3
@@ -81,7 +80,7 @@ def scenes():
 @pytest.fixture
 def model():
     set_seed(0)
-    return GeodeForConditionalGeneration(make_config(AutoProcessor.from_pretrained(geode.tiny_checkpoint())))
+    return GeodeForConditionalGeneration(make_config(make_processor()))
 
 
 def test_token_labels_are_means_over_points_and_the_box_of_most(scenes):

@@ -6,11 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoProcessor, set_seed
+from transformers import set_seed
 
-import geode
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
-from geode.trainers.tiny import make_config
 from geode.trainers.world_lookup import (
     LookupScene,
     lookup_accuracy,
@@ -18,6 +16,7 @@ from geode.trainers.world_lookup import (
     lookup_targets,
     pretrain_rationale_module,
 )
+from tests.common_tiny import make_config, make_processor
 
 
 CLASSES = ["room", "bed", "chair", "lamp"]
@@ -105,7 +104,7 @@ class Stored:
 @pytest.fixture
 def model():
     set_seed(0)
-    return GeodeForConditionalGeneration(make_config(AutoProcessor.from_pretrained(geode.tiny_checkpoint())))
+    return GeodeForConditionalGeneration(make_config(make_processor()))
 
 
 def make_scenes(model, num_scenes: int) -> list[LookupScene]:
