@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 OUT ?= dist/geode-tiny
+TINY ?= geode-tiny
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
@@ -13,7 +14,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZ
 PYTEST := $(ONE_THREAD) $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-invariant dev style check types dist export clean
+.PHONY: help demo test test-all test-gpu test-invariant dev style check types dist export tiny clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)$$/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -57,7 +58,12 @@ dist: $(READY)  ## build the source distribution, and from it the wheel, into di
 export: $(READY)  ## write the tiny model as a folder for the Hub (OUT=dist/geode-tiny)
 	@$(VENV)/bin/geode export $(OUT)
 
-clean:  ## remove what the targets above have made, except .venv
+tiny: $(READY)  ## make 1000 rooms and train the tiny model on them; goes on where it was interrupted (TINY=geode-tiny)
+	@$(VENV)/bin/geode data rooms --scenes 1000 --out $(TINY)/data/rooms
+	@$(PY) -m geode.trainers.world --data $(TINY)/data --out $(TINY)/run
+	@echo "checkpoint and card: $(TINY)/run/checkpoint"
+
+clean:  ## remove what the targets above have made, except .venv and $(TINY)
 	@rm -rf build dist geode-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

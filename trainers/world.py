@@ -93,12 +93,12 @@ STEPS = {
     "vision_tower": 4000,
     "point_encoder": 1600,
     "language_model": 1200,
-    "lookup": 4000,
-    "alignment": 400,
-    "locate": 800,
-    "measure": 2500,
-    "stage1": 400,
-    "stage2": 2000,
+    "lookup": 3000,
+    "alignment": 150,
+    "locate": 1000,
+    "measure": 900,
+    "stage1": 100,
+    "stage2": 600,
 }
 CURRICULUM = {
     "locate": ("object_localization",),
@@ -410,10 +410,12 @@ def curriculum_trainer(
         "adam_beta2": 0.98,
         "bf16": False,
         "use_cpu": True,
+        "dataloader_num_workers": 1,  # beside the process that trains
+        "dataloader_persistent_workers": True,
         "logging_steps": 50,
         "eval_strategy": "steps",
-        "eval_steps": max(2, num_steps // 6),
-        "save_steps": max(2, num_steps // 6),
+        "eval_steps": max(2, num_steps // 3),
+        "save_steps": max(2, num_steps // 3),
         "save_total_limit": 1,
         "num_eval_examples": 2,
         "max_new_tokens": 8,
@@ -470,8 +472,9 @@ def write_checkpoint(world: World) -> dict:
     facts = {stage: json.loads((world.out / f"{stage}.json").read_text("ascii")) for stage in STAGES[:-1]}
     facts |= {"steps": {name: world.steps(name) for name in STEPS}, "seed": world.seed}
     facts |= {"parameters": model.num_parameters(), "train_scenes": len(world.train_scenes)}
+    facts["blind"] = blind_scores(world.rooms)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii")
-    card = build_world_card(facts, blind_scores(world.rooms))
+    card = build_world_card(facts)
     (folder / "README.md").write_text(card, encoding="ascii")
     logger.info("\n%s", card)
     return {"folder": str(folder)}

@@ -60,14 +60,13 @@ Seed {seed}. Command: `make tiny`. All figures are in `facts.json`.
 """
 
 
-def build_world_card(facts: dict, blind: dict[str, float]) -> str:
+def build_world_card(facts: dict) -> str:
     """
     Write the card.
 
     Args:
-        facts (`dict`): What each stage of `geode.trainers.world` returned, by stage, with `steps`, `seed`, `parameters` and
-            `train_scenes`.
-        blind (`dict[str, float]`): Best blind score of each task.
+        facts (`dict`): What each stage of `geode.trainers.world` returned, by stage, with `steps`, `seed`, `parameters`,
+            `train_scenes`, and as `blind` the best blind score of each task.
 
     Returns:
         `str`: The text of `README.md`.
@@ -77,7 +76,7 @@ def build_world_card(facts: dict, blind: dict[str, float]) -> str:
     seconds = sum(value["seconds"] for value in facts.values() if isinstance(value, dict) and "seconds" in value)
     return CARD.format(
         **facts["steps"],
-        table=score_table(scores["scores"], scores["shuffled"], blind, prior_m=scores["prior_m"]),
+        table=score_table(scores["scores"], scores["shuffled"], facts["blind"], prior_m=scores["prior_m"]),
         gate=gate_table(facts),
         minutes=seconds / 60.0,
         seed=facts["seed"],
