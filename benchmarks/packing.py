@@ -28,10 +28,9 @@ from transformers import AutoProcessor, set_seed
 from geode import embedded_scene, tiny_checkpoint
 from geode.data.schemas import Record
 from geode.data.synthetic_rooms.questions import prompt_of
-from geode.demo import read_questions
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.trainers.collator import GeodeDataCollator
-from geode.trainers.world_model import make_config
+from geode.trainers.tiny import make_config, read_rows
 
 
 SIZES = {
@@ -65,9 +64,7 @@ def make_model(processor, size: str) -> GeodeForConditionalGeneration:
 
 def make_records(count: int) -> list[Record]:
     """Questions about the embedded scene, of all its types in turn."""
-    rows = [
-        row for name in ("questions", "train_questions") for row in read_questions(embedded_scene() / f"{name}.jsonl")
-    ]
+    rows = read_rows(embedded_scene())
     rows = [rows[number * len(rows) // count] for number in range(count)]
     return [
         Record(
@@ -149,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Packed questions against the same ones each with their own scene.")
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["tiny", "middle"], help="models")
     parser.add_argument("--questions", type=int, default=8, help="questions of the scene (default: 8)")
-    parser.add_argument("--num-frames", type=int, help="frames of the scene (default: the tiny checkpoint's 8)")
+    parser.add_argument("--num-frames", type=int, help="frames of the scene (default: the tiny checkpoint's 4)")
     parser.add_argument("--pairs", type=int, default=7, help="pairs that are counted (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     options = parser.parse_args(arguments)

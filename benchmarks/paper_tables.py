@@ -5,7 +5,7 @@ Table 4 of the paper on the embedded world, with a control that the paper lacks:
     python -m geode.trainers.world --data DATA --out tiny          # once: encoders, features, language model, rationale module
     python -m benchmarks.paper_tables --data DATA --world tiny --out tables
 
-Each variant starts from the same aligned model and takes the same steps of the same curriculum (`locate`, then `measure`) in each
+Each variant starts from the same aligned model and rationale module, and takes the same steps of the same curriculum (`locate`, then `measure`) in each
 of several seeds. What is run is kept in a file of its own, so that an interrupted run goes on. At the end stand a table of means
 and standard errors over seeds (`tables.md`), the same as numbers (`tables.json`), and whether true geometry beats that of another
 room by more than two standard errors.
@@ -119,6 +119,7 @@ def run(world: World, out: Path, name: str, seed: int) -> dict:
             processor,
             output_dir=folder / part,
             collator=collator,
+            drm_path=str(world.out / "stage1"),
             eval_strategy="no",
             save_steps=200,
             disable_tqdm=True,
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with `rooms` in it")
     parser.add_argument(
-        "--world", type=Path, required=True, help="results of `geode.trainers.world`, at least up to `alignment`"
+        "--world", type=Path, required=True, help="results of `geode.trainers.world`, at least up to `stage1`"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and tables")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")

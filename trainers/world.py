@@ -12,9 +12,9 @@ is there:
 | `features` | | what both encoders make of every scene, in a feature store |
 | `lookup` | rationale module | what is where, through a head that is thrown away |
 | `alignment` | projector | questions; the recipe of the paper's first stage |
+| `stage1` | rationale module | rationales, with the language model frozen |
 | `locate` | what stage 2 trains | "Locate the ..." alone |
 | `measure` | what stage 2 trains | boxes, distances, sizes, counts, directions |
-| `stage1` | rationale module | rationales, with the language model frozen |
 | `stage2` | projector, language model, regression head | all questions |
 | `scores` | | every task on held-out rooms, also with another room shown |
 | `checkpoint` | | the folder to ship, with its card |
@@ -78,9 +78,9 @@ STAGES = (
     "features",
     "lookup",
     "alignment",
+    "stage1",
     "locate",
     "measure",
-    "stage1",
     "stage2",
     "scores",
     "checkpoint",
@@ -357,11 +357,11 @@ def _last_metrics(folder: Path) -> dict:
     return found
 
 
-def train_curriculum(world: World, stage: str, *, source: str) -> dict:
+def train_curriculum(world: World, stage: str, *, source: str, **options: object) -> dict:
     """Train what stage 2 trains on some types of question: the curriculum, each part of which goes on from the one before."""
     set_seed(world.seed)
     model, processor = world.load(source)
-    trainer = curriculum_trainer(world, stage, model, processor, output_dir=world.out / stage)
+    trainer = curriculum_trainer(world, stage, model, processor, output_dir=world.out / stage, **options)
     trainer.train(resume_from_checkpoint=find_checkpoint(world.out / stage))
     metrics = trainer.evaluate()
     world.save(stage, trainer.geode_model, processor)
@@ -485,9 +485,10 @@ RUNS: dict[str, Callable[[World], dict]] = {
     "features": store_features,
     "lookup": train_lookup,
     "alignment": lambda world: run_recipe(world, "alignment", source="lookup"),
-    "locate": lambda world: train_curriculum(world, "locate", source="alignment"),
+    # Before the curriculum, in which the language model forgets all text that is no short answer.
+    "stage1": lambda world: run_recipe(world, "stage1", source="alignment"),
+    "locate": lambda world: train_curriculum(world, "locate", source="alignment", drm_path=str(world.out / "stage1")),
     "measure": lambda world: train_curriculum(world, "measure", source="locate"),
-    "stage1": lambda world: run_recipe(world, "stage1", source="measure"),
     "stage2": lambda world: run_recipe(world, "stage2", source="measure", drm_path=world.out / "stage1"),
     "scores": score,
     "checkpoint": write_checkpoint,

@@ -39,9 +39,9 @@ standard errors.
 2. The rationale module learned to look up what is where ({lookup} steps), through a head that was thrown away: held out, a median
    error of {lookup_error:.2f} m through the rationale tokens, and {patch_error:.2f} m through the fused features. This is an addition
    to the paper, whose models have millions of rationales to learn it from.
-3. The stages of the paper, by the recipes `tiny_rooms_cpu.yaml`: alignment ({alignment} steps); then a curriculum of what
-   stage 2 trains ("Locate the ..." {locate} steps; boxes and measures {measure} steps); stage 1 ({stage1} steps), in which the frozen
-   language model reconstructs rationales from the rationale tokens alone; stage 2 ({stage2} steps) on all questions.
+3. The stages of the paper, by the recipes `tiny_rooms_cpu.yaml`: alignment ({alignment} steps); stage 1 ({stage1} steps), in which
+   the frozen language model reconstructs rationales from the rationale tokens alone; then what stage 2 trains, as a curriculum
+   ("Locate the ..." {locate} steps; boxes and measures {measure} steps); stage 2 ({stage2} steps) on all questions.
 
 The fused features are injected into the visual tokens (`inject_features`): the rationale tokens are not all that the language model
 sees of the geometry. The shuffled-scene gate, in nats per answer token, and in the regression loss:

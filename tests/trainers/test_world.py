@@ -57,7 +57,9 @@ def test_every_stage_has_a_run_and_its_recipe_and_steps(world):
         assert set(types) <= set(QUESTION_TYPES)
     # Localisation comes first.
     assert CURRICULUM["locate"] == ("object_localization",)
-    assert STAGES.index("lookup") < STAGES.index("locate") < STAGES.index("measure") < STAGES.index("stage1")
+    assert STAGES.index("lookup") < STAGES.index("locate") < STAGES.index("measure") < STAGES.index("stage2")
+    # The frozen language model must still know the words of a rationale.
+    assert STAGES.index("alignment") < STAGES.index("stage1") < STAGES.index("locate")
 
 
 def test_held_out_mixture_is_a_share_of_the_validation_split(world):
