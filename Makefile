@@ -58,8 +58,8 @@ dist: $(READY)  ## build the source distribution, and from it the wheel, into di
 export: $(READY)  ## write the tiny model as a folder for the Hub (OUT=dist/geode-tiny)
 	@$(VENV)/bin/geode export $(OUT)
 
-tiny: $(READY)  ## make 1000 rooms and train the tiny model on them; goes on where it was interrupted (TINY=geode-tiny)
-	@$(VENV)/bin/geode data rooms --scenes 1000 --out $(TINY)/data/rooms
+tiny: $(READY)  ## make 2000 rooms and train the tiny model on them; goes on where it was interrupted (TINY=geode-tiny)
+	@$(VENV)/bin/geode data rooms --scenes 2000 --image-size 96 128 --out $(TINY)/data/rooms
 	@$(PY) -m geode.trainers.world --data $(TINY)/data --out $(TINY)/run
 	@echo "checkpoint and card: $(TINY)/run/checkpoint"
 

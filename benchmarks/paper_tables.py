@@ -135,7 +135,7 @@ def run(world: World, out: Path, name: str, seed: int) -> dict:
 
 
 def _run_alone(world: World, out: Path, name: str, seed: int) -> dict:
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name}, seed {seed}: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name}, seed {seed}: %(message)s", force=True)
     torch.set_num_threads(1)
     return run(world, out, name, seed)
 

@@ -95,10 +95,10 @@ STEPS = {
     "language_model": 1200,
     "lookup": 3000,
     "alignment": 150,
-    "locate": 1000,
-    "measure": 900,
-    "stage1": 100,
-    "stage2": 600,
+    "stage1": 200,
+    "locate": 2000,
+    "measure": 2000,
+    "stage2": 800,
 }
 CURRICULUM = {
     "locate": ("object_localization",),
@@ -214,7 +214,7 @@ def train_parts(world: World) -> dict:
 
 def _train_part(world: World, name: str) -> dict:
     """Train one part of the untrained model, and leave its weights beside it; those of an earlier run are kept."""
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name}: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name}: %(message)s", force=True)
     torch.set_num_threads(1)
     weights, done = (world.out / "untrained" / f"{name}.{suffix}" for suffix in ("safetensors", "json"))
     if done.is_file():
