@@ -406,7 +406,7 @@ def curriculum_trainer(
         "drh_learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,
-        "weight_decay": 0.01,
+        "weight_decay": 0.3,
         "adam_beta2": 0.98,
         "bf16": False,
         "use_cpu": True,

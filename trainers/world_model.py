@@ -181,6 +181,7 @@ def make_config(processor: GeodeProcessor) -> GeodeConfig:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": True,
+            "attention_dropout": 0.1,
             "initializer_range": INITIALIZER_RANGE,
         },
         point_config={
