@@ -63,7 +63,7 @@ tiny: $(READY)  ## make 2000 rooms and train the tiny model on them; goes on whe
 	@$(PY) -m geode.trainers.world --data $(TINY)/data --out $(TINY)/run
 	@echo "checkpoint and card: $(TINY)/run/checkpoint"
 
-clean:  ## remove what the targets above have made, except .venv and $(TINY)
+clean:  ## remove what the targets above have made, except .venv and geode-tiny
 	@rm -rf build dist geode-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

@@ -5,10 +5,10 @@ Table 4 of the paper on the embedded world, with a control that the paper lacks:
     python -m geode.trainers.world --data DATA --out tiny          # once: encoders, features, language model, rationale module
     python -m benchmarks.paper_tables --data DATA --world tiny --out tables
 
-Each variant starts from the same aligned model and rationale module, and takes the same steps of the same curriculum (`locate`, then `measure`) in each
-of several seeds. What is run is kept in a file of its own, so that an interrupted run goes on. At the end stand a table of means
-and standard errors over seeds (`tables.md`), the same as numbers (`tables.json`), and whether true geometry beats that of another
-room by more than two standard errors.
+Each variant starts from the same aligned model and rationale module, and takes the same steps of the same curriculum (`locate`,
+then `measure`) in each of several seeds. What is run is kept in a folder of its own, so that an interrupted run goes on. At the end
+stand a table of means and standard errors over seeds (`tables.md`), the same as numbers (`tables.json`), and whether true geometry
+beats that of another room by more than two standard errors.
 
 | Variant | `<spatio>` tokens and fused features | Numbers and boxes |
 | --- | --- | --- |
@@ -35,12 +35,10 @@ from transformers import set_seed
 
 from geode.data.feature_store import FeatureStore, StoredScene
 from geode.trainers.collator import GeodeDataCollator
-from geode.trainers.world import NUM_TEST, STORE, World, curriculum_trainer, find_checkpoint
+from geode.trainers.world import NUM_TEST, STORE, World, check_run, curriculum_trainer, find_checkpoint
 from geode.trainers.world_encoders import list_scenes
 from geode.trainers.world_scores import BOX_TASK, answer_records, blind_scores, score_answers
 
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("locate", "measure")
 DIRECTIONS = tuple(f"object_rel_direction_{kind}" for kind in ("easy", "medium", "hard"))
@@ -76,12 +74,12 @@ VARIANTS = {
 
 
 class ExchangedGeometry(FeatureStore):
-    """A store whose every scene has its own frames and the geometry of another one: the scenes' order, moved by `shift`."""
+    """A store whose every scene has its own frames and the geometry of another one, the next by its key."""
 
-    def __init__(self, folder: Path, *, shift: int = 1):
+    def __init__(self, folder: Path):
         super().__init__(folder)
         keys = sorted(self.keys())
-        self.shown = dict(zip(keys, keys[shift:] + keys[:shift], strict=True))
+        self.shown = dict(zip(keys, [*keys[1:], keys[0]], strict=True))
 
     def __getitem__(self, key: str) -> StoredScene:
         return _ExchangedScene(self, key)
@@ -201,10 +199,10 @@ def write_table(summary: dict[str, dict[str, tuple[float, float]]], blind: dict[
         for column in ("Abs. Dist.", "Rel. Dir."):
             margin = own[column][0] - other[column][0]
             error = math.hypot(own[column][1], other[column][1])
-            verdict = "more" if margin > 2 * error else "not more"
-            lines.append(
-                f"{column}: true geometry is {margin:+.2f} from another room's, {verdict} than 2 x {error:.2f}.\n"
-            )
+            verdict = f"{'more' if margin > 2 * error else 'not more'} than 2 x {error:.2f}"
+            if math.isnan(error):
+                verdict = "of one seed, without a standard error"
+            lines.append(f"{column}: true geometry is {margin:+.2f} from another room's, {verdict}.\n")
     return "\n".join(lines)
 
 
@@ -223,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     world = World(data=args.data, out=args.world, scale=args.scale)
     args.out.mkdir(parents=True, exist_ok=True)
+    check_run(args.out, {"world": str(args.world), "steps": {part: world.steps(part) for part in PARTS}})
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         # Seed by seed, so that an unfinished table compares all variants.
         futures = {

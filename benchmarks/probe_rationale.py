@@ -19,11 +19,13 @@ import torch
 from tqdm import tqdm
 
 from geode.data.feature_store import FeatureStore, collate_stored_scenes
+from geode.trainers.drm_files import load_drm
 from geode.trainers.world import STORE, World
 from geode.trainers.world_encoders import list_scenes, read_scene_record
 
 
 PENALTIES = tuple(10.0**power for power in range(-2, 6))
+PROBED = ("parts", "lookup", "stage1", "stage2")  # stages with a rationale module of their own, and the last
 MIN_ROOMS = 40  # of a category, to be fitted
 
 
@@ -156,14 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with `rooms` in it")
     parser.add_argument("--world", type=Path, required=True, help="results of `geode.trainers.world`")
-    parser.add_argument("--stages", nargs="+", default=["parts", "lookup", "stage1"], metavar="STAGE")
+    parser.add_argument("--stages", nargs="+", default=["parts", "lookup", "stage1"], metavar="STAGE", choices=PROBED)
     args = parser.parse_args(arguments)
     world = World(data=args.data, out=args.world)
     names = {split: list_scenes(world.rooms, split) for split in ("train", "test")}
     centers = {split: centers_of(world.rooms, group) for split, group in names.items()}
     store = FeatureStore(world.out / STORE)
     for stage in args.stages:
-        model, _ = world.load(stage)
+        model, _ = world.load("lookup" if stage == "stage1" else stage)
+        if stage == "stage1":  # leaves its rationale module alone
+            load_drm(model, world.out / stage)
         tokens = {split: read_tokens(model.eval(), store, group) for split, group in names.items()}
         found = probe(tokens["train"], centers["train"], tokens["test"], centers["test"])
         print(json.dumps({"stage": stage} | {name: round(value, 3) for name, value in found.items()}))  # noqa: T201

@@ -216,7 +216,12 @@ class GeodeDataCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: Arguments of the model for a batch of them, padded on the left.
+
+        Raises:
+            ValueError: If there are no questions.
         """
+        if not records:
+            raise ValueError("A prompt must hold at least one question, got none.")
         rows, media = [], []
         for example in records:
             (record,) = records_of(example)

@@ -25,6 +25,7 @@ from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.modeling_geode.scene_geode import SceneGeometry
 from geode.modeling_geode.video_processing_geode import GeodeImageProcessor, load_video_frames
+from geode.trainers.world_model import make_control_tokens
 
 
 IMAGE_SIZE, PATCH_SIZE, NUM_FRAMES, NUM_RATIONALE_TOKENS = 84, 14, 4, 8
@@ -42,27 +43,6 @@ def read_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for name in names for line in (folder / name).read_text("utf-8").splitlines()]
 
 
-def control_tokens_for(rows: list[dict], tokenizer) -> dict[str, dict]:
-    """Codecs with the statistics of these targets, SI units."""
-    values = torch.tensor([row["value_si"] for row in rows if row["value_si"] is not None]).log1p()
-    boxes = torch.tensor([row["box"] for row in rows if row["box"] is not None])[:, :6]
-    boxes = torch.cat([boxes[:, :3], boxes[:, 3:].log()], dim=1)
-    return {
-        "<REG>": {
-            "token_id": tokenizer.convert_tokens_to_ids("<REG>"),
-            "dim": 1,
-            "kind": "scalar",
-            "codec": {"transform": "log1p", "mean": [values.mean().item()], "std": [values.std().item()]},
-        },
-        "<3DBBOX>": {
-            "token_id": tokenizer.convert_tokens_to_ids("<3DBBOX>"),
-            "dim": 7,
-            "kind": "box3d",
-            "codec": {"mean": boxes.mean(dim=0).tolist(), "std": boxes.std(dim=0).tolist()},
-        },
-    }
-
-
 def make_processor(rows: list[dict]) -> GeodeProcessor:
     """The processor, with a byte-level BPE trained on the questions."""
     texts = [f"user\n{prompt_of(row)}\nassistant\n{row['ground_truth']}" for row in rows]
@@ -78,7 +58,11 @@ def make_processor(rows: list[dict]) -> GeodeProcessor:
         image_seq_length=side * side,
         grid_size=GRID_SIZE_M,
         max_points=MAX_POINTS,
-        control_tokens=control_tokens_for(rows, tokenizer),
+        control_tokens=make_control_tokens(
+            [row["value_si"] for row in rows if row["value_si"] is not None],
+            [row["box"] for row in rows if row["box"] is not None],
+            tokenizer,
+        ),
     )
 
 

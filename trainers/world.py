@@ -466,12 +466,13 @@ def write_checkpoint(world: World) -> dict:
     model, processor = world.load("stage2")
     model.config.use_cache = True
     folder = world.out / "checkpoint"
-    # The plain methods: the package ships this folder, and needs no copy of the code beside it.
+    # The plain methods, without names of files: the package ships this folder, and needs no copy of the code beside it.
+    del model.config.auto_map, processor.image_processor.auto_map
     PreTrainedModel.save_pretrained(model, folder)
     ProcessorMixin.save_pretrained(processor, folder)
     facts = {stage: json.loads((world.out / f"{stage}.json").read_text("ascii")) for stage in STAGES[:-1]}
     facts |= {"steps": {name: world.steps(name) for name in STEPS}, "seed": world.seed}
-    facts |= {"parameters": model.num_parameters(), "train_scenes": len(world.train_scenes)}
+    facts |= {"parameters": model.num_parameters(), "train_scenes": len(world.train_scenes), "cores": os.cpu_count()}
     facts["blind"] = blind_scores(world.rooms)
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii")
     card = build_world_card(facts)
@@ -495,6 +496,27 @@ RUNS: dict[str, Callable[[World], dict]] = {
 }
 
 
+def check_run(folder: Path, run: dict) -> None:
+    """
+    Keep what is asked of a run, and refuse to go on with the results of another one.
+
+    Args:
+        folder (`Path`): Where the results are; `run.json` in it says of what.
+        run (`dict`): What decides them, such as seed and numbers of steps.
+
+    Raises:
+        ValueError: If the folder holds another run.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        path.write_text(json.dumps(run) + "\n", encoding="ascii")
+    found = json.loads(path.read_text("ascii"))
+    if found != run:
+        raise ValueError(
+            f"{folder} holds a run of {found}, and {run} is asked for. Ask for the same, or name another folder."
+        )
+
+
 def run_stages(world: World, stages: Sequence[str]) -> None:
     """
     Run stages in order, but for those that are done.
@@ -502,8 +524,12 @@ def run_stages(world: World, stages: Sequence[str]) -> None:
     Args:
         world ([`World`]): The run.
         stages (`Sequence[str]`): Names from `STAGES`.
+
+    Raises:
+        ValueError: If the folder holds a run of another seed or other numbers of steps.
     """
     world.out.mkdir(parents=True, exist_ok=True)
+    check_run(world.out, {"seed": world.seed, "steps": {name: world.steps(name) for name in STEPS}})
     for stage in stages:
         done = world.out / f"{stage}.json"
         if done.is_file():

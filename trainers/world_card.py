@@ -14,7 +14,7 @@ tags: [geode, 3d, spatial-reasoning]
 # The tiny checkpoint of GEODE
 
 GEODE at the smallest size that runs every part, trained from nothing on {train_scenes} rendered rooms by `make tiny`: in
-{minutes:.0f} minutes on two CPU cores, rooms not counted. {parameters:,} parameters in float32. It knows rendered rooms of the embedded
+{minutes:.0f} minutes on {cores} CPU cores, rooms not counted. {parameters:,} parameters in float32. It knows rendered rooms of the embedded
 world alone; its answers about any other video mean nothing.
 
 Values are SI units in the scene frame: +z up, origin on the floor below the first camera, metres. There is no reconstructor:
@@ -66,7 +66,7 @@ def build_world_card(facts: dict) -> str:
 
     Args:
         facts (`dict`): What each stage of `geode.trainers.world` returned, by stage, with `steps`, `seed`, `parameters`,
-            `train_scenes`, and as `blind` the best blind score of each task.
+            `train_scenes`, `cores`, and as `blind` the best blind score of each task.
 
     Returns:
         `str`: The text of `README.md`.
@@ -81,6 +81,7 @@ def build_world_card(facts: dict) -> str:
         minutes=seconds / 60.0,
         seed=facts["seed"],
         parameters=facts["parameters"],
+        cores=facts["cores"],
         train_scenes=facts["train_scenes"],
         test_scenes=scores["num_scenes"],
         vision_accuracy=parts["vision_tower"]["object_accuracy"],

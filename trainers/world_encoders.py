@@ -169,7 +169,7 @@ def load_labelled_scene(
         processor ([`GeodeProcessor`]): Makes pixels and points.
         classes (`Sequence[str]`): See [`list_classes`].
         grid (`tuple[int, int]`): Rows and columns of the vision tower's patches.
-        num_frames (`int`, defaults to 16): Frames, uniformly sampled.
+        num_frames (`int`, defaults to 16): Frames, uniformly sampled; all of a shorter film.
 
     Returns:
         [`LabelledScene`]: The scene.
@@ -181,6 +181,7 @@ def load_labelled_scene(
     with safe_open(root / "depth" / f"{name}.safetensors", "pt") as stored:
         record = json.loads(stored.metadata()["scene"])
         ids, depth = stored.get_tensor("instance_ids"), stored.get_tensor("depth_mm")
+    num_frames = min(num_frames, len(ids))
     # Frame i of n is in the middle of the i-th of n equal parts of the film.
     frames = ((torch.arange(num_frames) + 0.5) * len(ids) / num_frames).long()
     objects = record["objects"]
@@ -277,7 +278,7 @@ def fit(
     modules: Sequence[nn.Module], losses: Iterator[torch.Tensor], *, num_steps: int, learning_rate: float
 ) -> float:
     """
-    Train the trainable parameters of some modules with AdamW: a step for each loss.
+    Train some modules with AdamW: a step for each loss.
 
     Args:
         modules (`Sequence[nn.Module]`): The modules.
@@ -288,7 +289,7 @@ def fit(
     Returns:
         `float`: Mean loss of the last tenth of the steps.
     """
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, num_steps // 20), num_steps)
     recent = []

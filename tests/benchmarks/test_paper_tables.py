@@ -19,15 +19,14 @@ from geode.data.feature_store import FeatureStore
 from geode.trainers.collator import GeodeDataCollator
 from geode.trainers.precompute import VideoItem, precompute
 from tests.trainers.common_collator import make_media, make_model, make_processor, make_records
+from tests.trainers.common_precompute import make_video
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     root, processor = make_media(tmp_path_factory.mktemp("media")), make_processor()
-    items = [VideoItem("rooms/one.mp4", f"geometry/{name}") for name in ("one", "two")]
-    items = [items[0], VideoItem("rooms/copy.mp4", "geometry/two")]
-    frames = (root / "rooms/one.mp4").read_bytes()
-    (root / "rooms/copy.mp4").write_bytes(frames + b"\0\0\0\x08free")  # the same film, another file
+    make_video(root / "rooms/other.mp4", seed=5)
+    items = [VideoItem("rooms/one.mp4", "geometry/one"), VideoItem("rooms/other.mp4", "geometry/two")]
     folder = tmp_path_factory.mktemp("store") / "features"
     model = make_model(processor).eval()
     precompute(model, processor, items, folder, media_root=root, store_vision_features=True, has_progress=False)
@@ -37,10 +36,11 @@ def stored(tmp_path_factory):
 def test_exchanged_geometry_is_another_rooms_beside_the_rooms_frames(stored):
     _, _, _, folder = stored
     own, exchanged = FeatureStore(folder), ExchangedGeometry(folder)
-    first, second = (own.scene_of(f"rooms/{name}.mp4").tensors() for name in ("one", "copy"))
+    first, second = (own.scene_of(f"rooms/{name}.mp4").tensors() for name in ("one", "other"))
     found = exchanged.scene_of("rooms/one.mp4").tensors()
     assert found.keys() == first.keys()
     assert found["video_features"].equal(first["video_features"])
+    assert not found["video_features"].equal(second["video_features"])
     for name in ("point_tokens", "point_token_positions"):
         assert found[name].equal(second[name])
         assert not (found[name].shape == first[name].shape and found[name].equal(first[name]))
@@ -96,4 +96,8 @@ def test_table_says_whether_true_geometry_is_better():
     close = summarise({"GEODE": runs(40.0), "GEODE, other geometry": runs(39.0)})
     assert "Rel. Dir.: true geometry is +1.00 from another room's, not more than" in write_table(
         close, blind, num_seeds=3
+    )
+    alone = summarise({"GEODE": runs(40.0)[:1], "GEODE, other geometry": runs(30.0)[:1]})
+    assert "+10.00 from another room's, of one seed, without a standard error." in write_table(
+        alone, blind, num_seeds=1
     )

@@ -592,6 +592,11 @@ def test_plain_trainer_goes_on_over_overlong_records(processor, make, tmp_path):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_no_questions_are_refused(make):
+    with pytest.raises(ValueError, match="at least one question, got none"):
+        make().prompt()
+
+
 def test_no_examples_are_refused(make):
     with pytest.raises(ValueError, match="at least one example, got none"):
         make()([])

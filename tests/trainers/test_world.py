@@ -2,15 +2,21 @@
 """The run on the embedded world: its stages come in order, once, and go on after an interruption."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from geode.data.mixtures import Mixture
+from geode.data.synthetic_rooms.dataset import build_dataset
 from geode.data.synthetic_rooms.questions import QUESTION_TYPES
+from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers import world as module
 from geode.trainers.world import CURRICULUM, STAGES, STEPS, World, find_checkpoint, recipe_of, run_stages
+from geode.trainers.world_card import build_world_card
 
 
 @pytest.fixture
@@ -43,6 +49,60 @@ def test_stages_run_in_order_and_once(world, monkeypatch):
     facts = json.loads((world.out / f"{STAGES[1]}.json").read_text("ascii"))
     assert facts["loss"] == 2
     assert facts["seconds"] >= 0
+
+
+def test_run_of_other_steps_or_seed_is_refused(world):
+    """Its card would say what was not done."""
+    run_stages(world, [])
+    run_stages(replace(world), [])
+    for other in (replace(world, scale=1.0), replace(world, seed=1)):
+        with pytest.raises(ValueError, match=r"out holds a run of \{'seed': 0, .* is asked for"):
+            run_stages(other, [])
+
+
+def test_curriculum_has_the_rationale_module_of_stage_1(world, monkeypatch):
+    calls = {}
+    monkeypatch.setattr(module, "train_curriculum", lambda _, stage, **options: calls.update({stage: options}))
+    monkeypatch.setattr(module, "run_recipe", lambda _, stage, **options: calls.update({stage: options}))
+    for stage in ("stage1", "locate", "measure", "stage2"):
+        module.RUNS[stage](world)
+    assert calls["stage1"] == {"source": "alignment"}
+    assert calls["locate"] == {"source": "alignment", "drm_path": str(world.out / "stage1")}
+    assert calls["measure"] == {"source": "locate"}
+    assert calls["stage2"] == {"source": "measure", "drm_path": world.out / "stage1"}
+
+
+@pytest.mark.slow
+def test_whole_run_on_a_few_rooms(tmp_path):
+    """Every stage for real, a few steps each, from rooms to the card; what is there is not done again."""
+    pytest.importorskip("embreex", reason="rendering needs embreex, the extra `world`")
+    size = dict(image_size=(60, 80), num_frames=16, depth_size=(24, 32), max_points=2048, show_progress=False)
+    build_dataset(tmp_path / "data" / "rooms", num_scenes=20, num_workers=1, **size)
+    world = World(data=tmp_path / "data", out=tmp_path / "out", scale=0.001)
+    run_stages(world, STAGES)
+    folder = world.out / "checkpoint"
+    facts = json.loads((folder / "facts.json").read_text("ascii"))
+    assert facts["train_scenes"] == 16
+    assert (folder / "README.md").read_text("ascii") == build_world_card(facts)
+    parts, lookup, aligned, final = (
+        world.load(name)[0].state_dict() for name in ("parts", "lookup", "alignment", "stage2")
+    )
+    for name, tensor in final.items():
+        if name.startswith(("model.vision_tower", "model.point_encoder")):
+            assert tensor.equal(parts[name]), name
+    trained = load_file(world.out / "stage1" / "drm.safetensors")
+    assert all(
+        any(name.endswith(key) and tensor.equal(final[name]) for name in final) for key, tensor in trained.items()
+    )
+    assert any(not lookup[name].equal(parts[name]) for name in lookup if ".drm." in name)
+    assert all(aligned[name].equal(lookup[name]) for name in lookup if ".drm." in name)
+    assert not list(folder.glob("*.py"))
+    model = GeodeForConditionalGeneration.from_pretrained(folder)
+    assert GeodeProcessor.from_pretrained(folder).num_rationale_tokens == 16
+    assert model.num_parameters() == facts["parameters"]
+    before = {path: path.stat().st_mtime_ns for path in world.out.rglob("*.json")}
+    run_stages(world, STAGES)
+    assert before == {path: path.stat().st_mtime_ns for path in world.out.rglob("*.json")}
 
 
 def test_every_stage_has_a_run_and_its_recipe_and_steps(world):

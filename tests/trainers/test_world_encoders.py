@@ -13,6 +13,7 @@ from geode.trainers.world_encoders import (
     LOG_DEPTH_MEAN,
     LOG_DEPTH_STD,
     LabelledScene,
+    _class_loss,
     list_scenes,
     patch_labels,
     point_accuracy,
@@ -158,3 +159,9 @@ def test_list_scenes_names_what_is_missing(tmp_path):
         (tmp_path / "depth" / f"room_{number:06d}.safetensors").touch()
     assert list_scenes(tmp_path, "train") == ["room_000000", "room_000013"]
     assert list_scenes(tmp_path, "test") == ["room_000002"]
+
+
+def test_furniture_weighs_four_times_as_much_as_the_room():
+    logits, shares = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    of_room, of_furniture = (-logits.log_softmax(dim=1)[0, number] for number in (0, 1))
+    torch.testing.assert_close(_class_loss(logits, shares), (of_room + 4.0 * of_furniture) / 5.0)

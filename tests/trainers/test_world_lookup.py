@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from transformers import set_seed
 
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.trainers import world_lookup as module
 from geode.trainers.world_lookup import (
+    WEIGHTS,
     LookupScene,
     lookup_accuracy,
     lookup_losses,
@@ -142,14 +144,16 @@ def test_rationale_module_learns_what_is_where_and_needs_its_scene(model):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in frozen.items())
 
 
-def test_pretraining_depends_on_its_seed_alone(model):
+def test_pretraining_depends_on_its_seed_and_weights_alone(model, monkeypatch):
     scenes = make_scenes(model, 4)
     start = {name: tensor.clone() for name, tensor in model.model.drm.state_dict().items()}
     ends = []
-    for seed in (1, 1, 2):
+    for seed, weights in ((1, {}), (1, {}), (2, {}), (1, {"box": 0.0})):
+        monkeypatch.setattr(module, "WEIGHTS", WEIGHTS | weights)
         model.model.drm.load_state_dict(start)
         torch.manual_seed(len(ends))  # what happened before must not matter
         pretrain_rationale_module(model, scenes, num_steps=2, batch_size=2, seed=seed)
         ends.append(torch.cat([tensor.flatten() for tensor in model.model.drm.parameters()]).detach().clone())
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+    assert not torch.equal(ends[0], ends[3])

@@ -2,6 +2,7 @@
 """The tokenizer of the tiny model, and its text."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_frequent_phrases_hold_neither_names_nor_numbers(records):
     assert " from the" in phrases
     assert not [phrase for phrase in phrases if any(name in phrase.split() for name in NAMES)]
     assert not [phrase for phrase in phrases if any(character.isdigit() for character in phrase)]
+
+
+def test_codecs_have_the_statistics_of_the_encoded_targets(records):
+    """Metres and square metres by log1p, a box's centre as it is, its sizes by their logarithms."""
+    codecs = {name: entry["codec"] for name, entry in make_processor(records, NAMES).control_tokens.items()}
+    numbers = [math.log1p(record.value_si) for record in records if record.value_si is not None]
+    assert codecs["<REG>"]["mean"] == pytest.approx([statistics.mean(numbers)])
+    boxes = [record.box for record in records if record.box is not None]
+    columns = [[box[0] for box in boxes], [math.log(box[4]) for box in boxes]]
+    found = [(codecs["<3DBBOX>"]["mean"][place], codecs["<3DBBOX>"]["std"][place]) for place in (0, 4)]
+    assert found == [pytest.approx((statistics.mean(values), statistics.stdev(values))) for values in columns]
 
 
 def test_tokenizer_shortens_boilerplate_and_spells_everything_else(records):

@@ -90,7 +90,7 @@ def test_card_holds_the_facts():
     facts["lookup"] |= {"median_center_error_m": 0.9, "patch_median_center_error_m": 0.5}
     facts["stage2"] |= gate
     facts["scores"] |= {"scores": SCORES, "shuffled": SHUFFLED, "prior_m": 2.3, "num_scenes": 100}
-    facts |= {"steps": STEPS, "seed": 0, "parameters": 1_700_000, "train_scenes": 800, "blind": BLIND}
+    facts |= {"steps": STEPS, "seed": 0, "parameters": 1_700_000, "train_scenes": 800, "cores": 3, "blind": BLIND}
     assert gate_table(facts).endswith("| stage2 | 0.500 | 0.900 | 0.200 |  |")
     card = build_world_card(facts)
     for text in (
@@ -99,6 +99,7 @@ def test_card_holds_the_facts():
         "1,700,000",
         "800 rendered rooms",
         "on 100 rooms",
+        "on 3 CPU cores",
         score_table(SCORES, SHUFFLED, BLIND, prior_m=2.3),
     ):
         assert text in card

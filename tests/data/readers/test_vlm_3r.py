@@ -146,7 +146,9 @@ def test_erratum_drops_its_rows_and_clears_the_rest(tmp_path, erratum):
 
 def test_erratum_does_not_reach_the_other_part():
     row = a_row("How many chairs?", "3", question_type="object_counting")
-    assert read(row, "vsibench_train/merged.json", dropped_ids=frozenset({"u-1"})) is not None
+    kept = read(row, "vsibench_train/merged.json", dropped_ids=frozenset({"u-1"}))
+    assert kept.value_si == 3.0
+    assert kept == read(row, "vsibench_train/merged.json")
 
 
 @pytest.mark.parametrize("content", [{"a": 3}, 3, [[1]], [{"name": "u-1"}], [None], [True]])
