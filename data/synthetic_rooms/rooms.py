@@ -320,6 +320,22 @@ class Layout:
         return self.add(category, parts, position, parent.yaw + turn, ignore=ignore)
 
 
+def _keeps_clear(area: np.ndarray, boxes: np.ndarray) -> bool:
+    """
+    Tell whether an unturned box is farther than the walk's gap from each of `(num_boxes, 7)`.
+
+    The discs in and around a box bound its distance from both sides, which decides about most of them; the others are measured.
+    """
+    to_center = np.linalg.norm(np.maximum(np.abs(boxes[:, :2] - area[:2]) - 0.5 * area[3:5], 0.0), axis=1)
+    is_level = np.abs(boxes[:, 2] - area[2]) < 0.5 * (boxes[:, 5] + area[5])
+    rounding = 1e-9
+    if (is_level & (to_center - 0.5 * boxes[:, 3:5].min(axis=1) <= WALK_GAP_M - rounding)).any():
+        return False
+    reach = 0.5 * np.hypot(boxes[:, 3], boxes[:, 4])
+    near = boxes[to_center - reach <= WALK_GAP_M + rounding]
+    return all(box_distance(area, box) > WALK_GAP_M for box in near)
+
+
 def free_ellipse(
     layout: Layout, *, max_reach_m: float = 1.3, margin_m: float = 0.7
 ) -> tuple[float, float, float, float] | None:
@@ -336,7 +352,7 @@ def free_ellipse(
     """
     best, best_score = None, 0.0
     half = 0.5 * np.asarray(layout.size[:2])
-    boxes = [item.box for item in layout.objects if item.position[2] < 0.9]
+    boxes = np.array([item.box for item in layout.objects if item.position[2] < 0.9]).reshape(-1, 7)
     for _ in range(300):
         reach = layout.rng.uniform(0.35, max_reach_m, size=2)
         room = half - reach - margin_m
@@ -345,7 +361,7 @@ def free_ellipse(
         center = layout.rng.uniform(-room, room)
         area = np.array([*center, 1.0, *(2 * reach), 2.0, 0.0])
         score = min(reach) + 0.35 * max(reach) - 0.12 * float(np.hypot(*center))
-        if score > best_score and all(box_distance(area, box) > WALK_GAP_M for box in boxes):
+        if score > best_score and _keeps_clear(area, boxes):
             best, best_score = (float(center[0]), float(center[1]), float(reach[0]), float(reach[1])), score
     return best
 

@@ -23,7 +23,7 @@ from geode.data.synthetic_rooms.build import X264_OPTIONS, build_scene, write_vi
 from geode.data.synthetic_rooms.furniture import CATEGORIES, WHITE
 from geode.data.synthetic_rooms.questions import QUESTION_TYPES, scene_questions, select_questions
 from geode.data.synthetic_rooms.render import Raycaster, render_walk, smooth_light
-from geode.data.synthetic_rooms.rooms import ROOM_TYPES, make_room
+from geode.data.synthetic_rooms.rooms import ROOM_TYPES, WALK_GAP_M, _keeps_clear, make_room
 from geode.data.synthetic_rooms.scene import describe_scene
 from geode.data.synthetic_rooms.shapes import Part, PartList, part_mesh
 from geode.data.synthetic_rooms.walks import pinhole_intrinsics, plan_walk, resize_intrinsics, scene_from_room
@@ -134,6 +134,18 @@ def test_box_distance_is_just_below_dense_sampling():
         sampled = distance_by_sampling(first, second, 19)
         # Samples are at most 0.1 m apart, so a surface point is within 0.071 m of one, on either body.
         assert sampled - 0.142 < box_distance(first, second) <= sampled + 1e-12
+
+
+def test_clear_floor_is_farther_than_the_gap_from_every_box():
+    """Bounds decide most cases, and must decide them as the exact distance does."""
+    rng, decisions = np.random.default_rng(0), []
+    for _ in range(400):
+        center, size = rng.uniform((-3, -3, 0), (3, 3, 2.2), size=(5, 3)), np.exp(rng.uniform(-2.5, 0.7, size=(5, 3)))
+        boxes = np.concatenate([center, size, rng.uniform(-1.6, 1.6, size=(5, 1))], axis=1)
+        area = np.array([*rng.uniform(-2, 2, size=2), 1.0, *rng.uniform(0.2, 2.0, size=2), 2.0, 0.0])
+        decisions.append((_keeps_clear(area, boxes), min(box_distance(area, box) for box in boxes) > WALK_GAP_M))
+    assert {(True, True), (False, False)} == set(decisions)
+    assert _keeps_clear(area, np.zeros((0, 7)))
 
 
 def test_box_distance_is_the_diagonal_between_two_corners():
