@@ -262,6 +262,8 @@ class GeodeDrmConfig(_CheckedConfig):
             depends on it and cannot be reused for another question.
         inject_features (`bool`, defaults to `False`): Fused features are also added to the visual tokens through a gate
             that starts at zero.
+        camera_queries (`bool`, defaults to `False`): The 2D features, which are the queries of the cross-attention, also hold
+            the camera that took their frame, and so the rays of their patches (docs/decisions/0008).
     """
 
     model_type = "geode_drm"
@@ -282,6 +284,7 @@ class GeodeDrmConfig(_CheckedConfig):
     max_position_m: float | int = 16.0
     question_conditioned: bool = False
     inject_features: bool = False
+    camera_queries: bool = False
     layer_norm_eps: float = 1e-6
 
     def validate_architecture(self):

@@ -120,6 +120,11 @@ class GeodeContextEncoder(nn.Module):
         features = fourier_features(positions, self.num_frequencies, self.max_position_m)
         return self.position_projection(features.to(self.position_projection.weight.dtype))
 
+    def embed_cameras(self, camera_poses: torch.Tensor) -> torch.Tensor:
+        """Embed `(..., 11)` encoded poses as `(..., hidden_size)`."""
+        poses = camera_poses.to(self.camera_projection.weight.dtype)
+        return self.camera_projection(poses) + self.embed_positions(camera_poses[..., :3])
+
     def forward(
         self,
         point_features: torch.Tensor,
@@ -149,7 +154,7 @@ class GeodeContextEncoder(nn.Module):
         """
         dtype = self.point_projection.weight.dtype
         points = self.point_projection(point_features.to(dtype)) + self.embed_positions(point_positions)
-        cameras = self.camera_projection(camera_poses.to(dtype)) + self.embed_positions(camera_poses[..., :3])
+        cameras = self.embed_cameras(camera_poses)
         has_camera = camera_mask.any(dim=1)
         absent = self.no_camera_token.to(dtype).expand(len(points), 1, -1)
         scale = self.scale_projection(log_scale.to(dtype)[:, None, None])
@@ -203,6 +208,23 @@ class GeodeRationaleModule(nn.Module):
         times = (index + 0.5) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         features = fourier_features(times[..., None], self.config.num_position_frequencies, longest=2.0)
         return self.time_projection(features.to(self.time_projection.weight.dtype))
+
+    def embed_frame_cameras(
+        self, frame_mask: torch.Tensor, camera_poses: torch.Tensor, camera_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Embed for each frame the camera that is nearest in time; see `embed_times` and, for the arguments, `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(num_scenes, num_frames, hidden_size)`; the learned no-camera token where a scene has none.
+        """
+        num_frames, num_cameras = (mask.sum(dim=1, keepdim=True) for mask in (frame_mask, camera_mask))
+        frames = torch.arange(frame_mask.shape[1], device=frame_mask.device)
+        # Whole numbers: floor((i + 1/2) / num_frames * num_cameras)
+        nearest = (2 * frames + 1) * num_cameras // (2 * num_frames.clamp(min=1))
+        nearest = nearest.minimum((num_cameras - 1).clamp(min=0))
+        cameras = self.context_encoder.embed_cameras(camera_poses).take_along_dim(nearest[..., None], dim=1)
+        return torch.where(num_cameras[..., None] > 0, cameras, self.context_encoder.no_camera_token.to(cameras))
 
     def thin_context(
         self, features: torch.Tensor, positions: torch.Tensor, offset: torch.Tensor
@@ -285,6 +307,8 @@ class GeodeRationaleModule(nn.Module):
             scale_known,
         )
         queries = self.query_projection(visual_features.to(dtype)) + self.embed_times(frame_mask)[:, :, None]
+        if self.config.camera_queries:
+            queries = queries + self.embed_frame_cameras(frame_mask, camera_poses, camera_mask)[:, :, None]
         num_frames = queries.shape[1]
         fused = queries.flatten(1, 2)  # (N, F * patches, d)
         for layer in self.cross_attention_layers:

@@ -188,8 +188,6 @@ def make_config(processor: GeodeProcessor) -> GeodeConfig:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": True,
-            # Rooms in the hundreds are soon known by heart. It makes a step on a CPU 2.4 times as long (docs/results.md).
-            "attention_dropout": 0.1,
             "initializer_range": INITIALIZER_RANGE,
         },
         point_config={
@@ -203,12 +201,13 @@ def make_config(processor: GeodeProcessor) -> GeodeConfig:
         },
         drm_config={
             "hidden_size": DRM_SIZE,
-            "num_cross_attention_layers": 1,
+            "num_cross_attention_layers": 2,
             "num_attention_heads": 4,
             "mlp_ratio": 2,
             "num_rationale_tokens": NUM_RATIONALE_TOKENS,
             "max_context_tokens": MAX_CONTEXT_TOKENS,
             "inject_features": True,
+            "camera_queries": True,
         },
         reconstructor_config=None,
         image_token_id=processor.image_token_id,

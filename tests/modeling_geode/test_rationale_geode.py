@@ -190,3 +190,37 @@ def test_frames_and_cameras_each_carry_their_time(length, monkeypatch):
         ),
     )
     assert (module(**inputs).rationale_features - before).abs().max() > 2e-5
+
+
+def test_camera_queries_are_the_cameras_nearest_in_time():
+    module, inputs = make_module(camera_queries=True), make_inputs(num_frames=3, num_cameras=5)
+    inputs["frame_mask"] = torch.tensor([[True, True, True], [True, True, False]])
+    inputs["camera_mask"] = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    embedded = module.embed_frame_cameras(*(inputs[name] for name in ("frame_mask", "camera_poses", "camera_mask")))
+    # Three frames at 1/6, 1/2 and 5/6 fall into fifths 0, 2 and 4 of the clip; two at 1/4 and 3/4 into thirds 0 and 2.
+    cameras = module.context_encoder.embed_cameras(inputs["camera_poses"])
+    torch.testing.assert_close(embedded[0], cameras[0, [0, 2, 4]])
+    torch.testing.assert_close(embedded[1, :2], cameras[1, [0, 2]])
+    plain = make_module()
+    plain.load_state_dict(module.state_dict())
+    assert (module(**inputs).fused_features - plain(**inputs).fused_features).abs().max() > 2e-5
+
+
+def test_camera_queries_without_cameras_are_the_learned_token():
+    module, inputs = make_module(camera_queries=True), make_inputs()
+    inputs["camera_mask"] = torch.tensor([[True, True], [False, False]])
+    embedded = module.embed_frame_cameras(*(inputs[name] for name in ("frame_mask", "camera_poses", "camera_mask")))
+    assert torch.equal(embedded[1], module.context_encoder.no_camera_token.expand(3, -1))
+    hidden = module(**inputs).fused_features
+    moved = module(**{**inputs, "camera_poses": inputs["camera_poses"] + 1}).fused_features
+    torch.testing.assert_close(moved[1], hidden[1])
+    assert (moved[0] - hidden[0]).abs().max() > 2e-5
+
+
+def test_camera_queries_of_a_padded_scene_equal_those_alone():
+    module, inputs = make_module(camera_queries=True), make_inputs()
+    short = {**inputs, "visual_features": inputs["visual_features"][:, :2], "frame_mask": inputs["frame_mask"][:, :2]}
+    padded = {**inputs, "frame_mask": torch.tensor([[True, True, False]] * 2)}
+    torch.testing.assert_close(
+        module(**padded).rationale_features, module(**short).rationale_features, atol=1e-5, rtol=1e-5
+    )
