@@ -7,8 +7,8 @@ Table 4 of the paper on the embedded world, with a control that the paper lacks:
 
 Each variant starts from the same aligned model and rationale module, and takes the same steps of the same curriculum (`locate`,
 then `measure`) in each of several seeds. What is run is kept in a folder of its own, so that an interrupted run goes on. At the end
-stand a table of means and standard errors over seeds (`tables.md`), the same as numbers (`tables.json`), and whether true geometry
-beats that of another room by more than two standard errors.
+stand a table of means and standard errors over seeds (`tables.md`), the same as numbers (`tables.json`) and as a picture
+(`tables.png`, which needs matplotlib), and whether true geometry beats that of another room by more than two standard errors.
 
 | Variant | `<spatio>` tokens and fused features | Numbers and boxes |
 | --- | --- | --- |
@@ -181,15 +181,48 @@ def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, tu
     return found
 
 
+def blind_columns(blind: dict[str, float]) -> dict[str, float]:
+    """Return the best blind scores of the columns that have one, from those of the tasks."""
+    return {
+        "Abs. Dist.": blind["object_abs_distance"],
+        "Obj. Size": blind["object_size_estimation"],
+        "Rel. Dir.": statistics.mean(blind[task] for task in DIRECTIONS),
+    }
+
+
+def draw(runs: dict[str, list[dict[str, float]]], blind: dict[str, float], path: Path) -> None:
+    """
+    Draw every run as a dot, and mean and standard error over seeds as a bar with whiskers.
+
+    Args:
+        runs (`dict[str, list[dict[str, float]]]`): For each variant what [`columns`] gave for each seed.
+        blind (`dict[str, float]`): Best blind scores of the tasks: dashed lines.
+        path (`Path`): The picture.
+    """
+    from matplotlib.figure import Figure
+
+    summary, lines = summarise(runs), blind_columns(blind)
+    names = list(next(iter(summary.values())))
+    figure = Figure(figsize=(2.6 * len(names), 0.5 * len(runs) + 1.2), layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        means, errors = zip(*(summary[variant][column] for variant in runs), strict=True)
+        axes.barh(list(runs), means, xerr=None if math.isnan(errors[0]) else errors, color="#9db8d2", capsize=3)
+        for variant, rows in runs.items():
+            axes.plot([row[column] for row in rows], [variant] * len(rows), ".", color="#20364b")
+        if column in lines:
+            axes.axvline(lines[column], color="#b03a2e", linestyle="--", label="best blind")
+        axes.set_title(column)
+    axes.invert_yaxis()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower right")
+    figure.savefig(path, dpi=110)
+
+
 def write_table(summary: dict[str, dict[str, tuple[float, float]]], blind: dict[str, float], *, num_seeds: int) -> str:
     """Write the table, with the best blind scores and what the control says."""
     names = list(next(iter(summary.values())))
     lines = [f"| Variant, {num_seeds} seeds | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
-    of_directions = statistics.mean(blind[task] for task in DIRECTIONS)
-    chance = [blind["object_abs_distance"], blind["object_size_estimation"], of_directions]
-    lines.append(
-        f"| Best blind | {' | '.join(f'{value:.1f}' for value in chance)} |{' |' * (len(names) - len(chance))}"
-    )
+    known = blind_columns(blind)
+    lines.append(f"| Best blind | {' | '.join(f'{known[name]:.1f}' if name in known else '' for name in names)} |")
     for name, row in summary.items():
         cells = [f"{mean:.2f} +- {error:.2f}" for mean, error in row.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -232,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {key: columns(future.result()) for key, future in futures.items()}
     runs = {name: [found[name, seed] for seed in range(args.seeds)] for name in args.variants}
     summary = summarise(runs)
-    table = write_table(summary, blind_scores(world.rooms), num_seeds=args.seeds)
+    blind = blind_scores(world.rooms)
+    table = write_table(summary, blind, num_seeds=args.seeds)
+    draw(runs, blind, args.out / "tables.png")
     (args.out / "tables.md").write_text(table + "\n", encoding="ascii")
     (args.out / "tables.json").write_text(
         json.dumps({"runs": runs, "summary": summary}, indent=1) + "\n", encoding="ascii"

@@ -93,25 +93,26 @@ STEPS = {
     "vision_tower": 4000,
     "point_encoder": 1600,
     "language_model": 1200,
-    "lookup": 3000,
-    "alignment": 150,
+    "lookup": 2500,
+    "alignment": 100,
     "stage1": 200,
-    "locate": 2000,
-    "measure": 2000,
-    "stage2": 800,
+    "locate": 1600,
+    "measure": 2200,
+    "stage2": 600,
 }
+# How often each type of question is asked in an epoch. A room has some twenty distances and few counts and sizes.
 CURRICULUM = {
-    "locate": ("object_localization",),
-    "measure": (
-        "object_localization",
-        "object_abs_distance",
-        "object_size_estimation",
-        "room_size_estimation",
-        "object_counting",
-        "object_rel_direction_easy",
-        "object_rel_direction_medium",
-        "object_rel_direction_hard",
-    ),
+    "locate": {"object_localization": 1},
+    "measure": {
+        "object_localization": 2,
+        "object_abs_distance": 1,
+        "object_size_estimation": 3,
+        "room_size_estimation": 3,
+        "object_counting": 6,
+        "object_rel_direction_easy": 1,
+        "object_rel_direction_medium": 1,
+        "object_rel_direction_hard": 1,
+    },
 }
 QUESTIONS_PER_PACK, PACKS_PER_STEP = 16, 8
 LEARNING_RATE = 2e-3
@@ -394,7 +395,7 @@ def curriculum_trainer(
     Returns:
         [`GeodeStage2Trainer`]: The trainer.
     """
-    types, num_steps = CURRICULUM[stage], world.steps(stage)
+    times, num_steps = CURRICULUM[stage], world.steps(stage)
     defaults = {
         "data_root": str(world.data),
         "media_root": str(world.rooms),
@@ -428,11 +429,11 @@ def curriculum_trainer(
         model,
         GeodeStage2Config(output_dir=str(output_dir), **{**defaults, **options}),
         data_collator=collator,
-        train_dataset=[record for record in world.records if record.question_type in types],
+        train_dataset=[record for record in world.records for _ in range(times.get(record.question_type, 0))],
         eval_dataset=[
             record
             for record in world.questions("validation")
-            if record.question_type in types and record.scene in held_out
+            if record.question_type in times and record.scene in held_out
         ],
         processing_class=processor,
     )

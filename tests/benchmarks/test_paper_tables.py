@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.paper_tables import (
     DIRECTIONS,
@@ -12,6 +13,7 @@ from benchmarks.paper_tables import (
     VARIANTS,
     ExchangedGeometry,
     columns,
+    draw,
     summarise,
     write_table,
 )
@@ -101,3 +103,16 @@ def test_table_says_whether_true_geometry_is_better():
     assert "+10.00 from another room's, of one seed, without a standard error." in write_table(
         alone, blind, num_seeds=1
     )
+
+
+def test_picture_has_a_panel_for_each_column(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = {
+        name: [columns(scores_of(level + seed)) for seed in range(3)] for name, level in {"a": 30.0, "b": 40.0}.items()
+    }
+    for number, shown in enumerate((runs, {name: rows[:1] for name, rows in runs.items()})):
+        path = tmp_path / f"{number}.png"
+        draw(shown, dict.fromkeys(TASKS, 20.0), path)
+        with Image.open(path) as picture:
+            assert picture.width > 4 * picture.height
+            assert len(picture.convert("L").getcolors()) > 10

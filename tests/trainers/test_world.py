@@ -112,11 +112,12 @@ def test_every_stage_has_a_run_and_its_recipe_and_steps(world):
         assert recipe["mixture"] == "rooms"
         assert "max_steps" not in recipe
         assert world.steps(stage) == max(2, round(0.01 * STEPS[stage]))
-    for stage, types in CURRICULUM.items():
+    for stage, times in CURRICULUM.items():
         assert stage in STAGES
-        assert set(types) <= set(QUESTION_TYPES)
+        assert set(times) <= set(QUESTION_TYPES)
+        assert min(times.values()) >= 1
     # Localisation comes first.
-    assert CURRICULUM["locate"] == ("object_localization",)
+    assert set(CURRICULUM["locate"]) == {"object_localization"}
     assert STAGES.index("lookup") < STAGES.index("locate") < STAGES.index("measure") < STAGES.index("stage2")
     # The frozen language model must still know the words of a rationale.
     assert STAGES.index("alignment") < STAGES.index("stage1") < STAGES.index("locate")
