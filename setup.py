@@ -15,7 +15,7 @@ VIDEO = ["av"]
 TRAIN = ["trl>=1.16,<2", "peft", "datasets", "evaluate"]
 WORLD = ["embreex", "av", "pyarrow"]
 GEOMETRY = ["scipy"]  # normals of large point clouds
-DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "ruff", "build", "mypy"]
+DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "build", "mypy"]
 EXTRAS = {
     "video": VIDEO,
     "train": TRAIN,

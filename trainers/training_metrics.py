@@ -3,14 +3,13 @@
 
 import math
 
-import numpy as np
 import torch
 
+from geode.evaluation.vsi_bench.vsi_bench import TOLERANCES
 from geode.trainers.packing import IGNORED_LABEL
 
 
-# VSI-Bench's tolerances, built as it builds them: other roundings of the same decimals decide some cases otherwise.
-MRA_TOLERANCES = tuple((1 - np.linspace(0.5, 0.95, 10)).tolist())
+MRA_TOLERANCES = tuple(TOLERANCES.tolist())
 
 
 def metric_names(control_tokens: dict[str, dict]) -> list[str]:

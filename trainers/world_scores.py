@@ -12,34 +12,12 @@ from pathlib import Path
 import torch
 
 from geode.data.schemas import Record
+from geode.evaluation.vsi_bench.vsi_bench import mean_relative_accuracy
 from geode.trainers.collator import GeodeDataCollator
-from geode.trainers.training_metrics import MRA_TOLERANCES
 
 
 BOX_TASK = "object_localization"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-
-
-def relative_accuracy(value: float, truth: float) -> float:
-    """
-    Return VSI-Bench's mean relative accuracy of one number: the share of ten tolerances that it keeps.
-
-    Args:
-        value (`float`): The answer.
-        truth (`float`): The truth, not 0.
-
-    Returns:
-        `float`: From 0 to 1.
-
-    Example:
-    ```python
-    >>> relative_accuracy(2.6, 2.0)  # an error of 30 % keeps tolerances of 50, 45, 40 and 35 %
-    0.4
-
-    ```
-    """
-    error = abs(value - truth) / abs(truth)
-    return sum(error < tolerance for tolerance in MRA_TOLERANCES) / len(MRA_TOLERANCES)
 
 
 @torch.no_grad()
@@ -90,7 +68,7 @@ def score_answers(records: Sequence[Record], answers: Sequence) -> dict[str, dic
         elif record.value_si is not None:
             value = answer.values[0].si_value if answer.values else (written or [0.0])[0]
             truth = record.value_si if answer.values else record.value
-            scores[str(record.question_type)].append(relative_accuracy(value, truth))
+            scores[str(record.question_type)].append(mean_relative_accuracy(value, truth))
         else:
             scores[str(record.question_type)].append(float(answer.text.strip()[:1] == record.letter))
     found: dict[str, dict[str, float]] = {}
@@ -154,4 +132,4 @@ def score_table(scores: dict[str, dict], shuffled: dict[str, dict], blind: dict[
     return "\n".join(lines)
 
 
-__all__ = ["BOX_TASK", "answer_records", "blind_scores", "relative_accuracy", "score_answers", "score_table"]
+__all__ = ["BOX_TASK", "answer_records", "blind_scores", "score_answers", "score_table"]

@@ -9,7 +9,7 @@ import pytest
 from geode.modeling_geode.answers_geode import Answer, Box3D, Measurement
 from geode.trainers.world import STAGES, STEPS
 from geode.trainers.world_card import build_world_card, gate_table
-from geode.trainers.world_scores import BOX_TASK, blind_scores, relative_accuracy, score_answers, score_table
+from geode.trainers.world_scores import BOX_TASK, blind_scores, score_answers, score_table
 from tests.trainers.common_collator import text_record
 
 
@@ -105,11 +105,6 @@ def test_card_holds_the_facts():
         assert text in card
     assert f"({STEPS['stage2']} steps) on all questions" in card
     assert "{" not in card
-
-
-def test_relative_accuracy_is_the_share_of_tolerances_that_are_kept():
-    # Errors of 0, 7.5, 30, 50 and 100 percent keep those of 5, 10, ... 50 percent that are larger.
-    assert [relative_accuracy(value, 2.0) for value in (2.0, 2.15, 1.4, 3.0, 4.0)] == [1.0, 0.9, 0.4, 0.0, 0.0]
 
 
 def test_blind_scores_are_the_best_of_each_task(tmp_path):
