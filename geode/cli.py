@@ -72,6 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("options", metavar="OPTION", nargs=argparse.REMAINDER, help="options of the stage")
     train.set_defaults(run=_run_train)
 
+    _add_eval(
+        commands.add_parser(
+            "eval",
+            help="ask a model a benchmark's questions, and score the answers",
+            description="Ask a model every question of a benchmark in VSI-Bench's format; each scene is encoded once. Writes "
+            "predictions, scores with intervals and chance, and a card. Run it again to go on; several processes: `accelerate launch "
+            "-m geode.cli eval ...`.",
+        )
+    )
     _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
     return parser
 
@@ -161,6 +170,60 @@ def _add_export(commands) -> None:
         "--license", dest="license_id", metavar="ID", help="licence of VGGT weights, where their source tells none"
     )
     export.set_defaults(run=_run_export)
+
+
+def _add_eval(evaluate: argparse.ArgumentParser) -> None:
+    source = evaluate.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--benchmark",
+        metavar="PATH_OR_ID",
+        help="a folder or file in VSI-Bench's format, or an id such as nyu-visionx/VSI-Bench",
+    )
+    source.add_argument(
+        "--rescore", metavar="DIR", help="only score the predictions in a folder again; needs no model and no GPU"
+    )
+    evaluate.add_argument("--out", metavar="DIR", help="where the results go; a folder with the same run is completed")
+    _add_model(evaluate)
+    evaluate.add_argument("--split", default="test", help="split of the benchmark (default: test)")
+    evaluate.add_argument(
+        "--subset",
+        choices=("full", "debiased", "pruned"),
+        default="full",
+        help="all rows, those whose `pruned` is false, or the others (default: full)",
+    )
+    evaluate.add_argument(
+        "--benchmark-revision", metavar="REVISION", help="branch, tag or commit of a benchmark on the Hub"
+    )
+    evaluate.add_argument(
+        "--media-root", metavar="DIR", help="folder with DATASET/SCENE.mp4 (default: the benchmark's)"
+    )
+    evaluate.add_argument(
+        "--geometry",
+        metavar="PATTERN",
+        default="geometry/{scene}",
+        help="a scene's geometry below the media root (default: %(default)s); without one the reconstructor makes it",
+    )
+    control = evaluate.add_mutually_exclusive_group()
+    for name, text in (
+        ("blind", "show nothing"),
+        ("no_geometry", "show the frames alone"),
+        ("shuffled_geometry", "show the frames with the geometry of the next scene"),
+    ):
+        control.add_argument(
+            f"--{name.replace('_', '-')}", dest="control", action="store_const", const=name, help=f"control: {text}"
+        )
+    evaluate.add_argument("--num-frames", metavar="N", type=int, help="frames shown (default: the processor's)")
+    evaluate.add_argument(
+        "--batch-size", metavar="N", type=int, default=16, help="questions about a scene at a time (default: 16)"
+    )
+    evaluate.add_argument("--max-scenes", metavar="N", type=int, help="only the first scenes")
+    evaluate.add_argument(
+        "--scorer",
+        choices=("official", "lmms_eval"),
+        default="official",
+        help="whose rules read an answer; figures of two scorers are not to be mixed (default: official)",
+    )
+    evaluate.set_defaults(run=_run_eval, control="none")
 
 
 def _add_data(data: argparse.ArgumentParser) -> None:
@@ -260,6 +323,18 @@ def _run_precompute(arguments: argparse.Namespace) -> None:
 def _run_train(arguments: argparse.Namespace) -> None:
     script = import_module(f"geode.trainers.{arguments.stage}")
     script.run_from_arguments(arguments.options, prog=f"geode train {arguments.stage}")
+
+
+def _run_eval(arguments: argparse.Namespace) -> None:
+    from geode.evaluating import evaluate_model, report
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "rescore")}
+    if arguments.rescore is not None:
+        report(arguments.rescore, scorer=arguments.scorer)
+        return
+    if arguments.out is None:
+        raise ValueError("`--out` must name a folder for the results, got none.")
+    evaluate_model(options.pop("benchmark"), options.pop("out"), **options)
 
 
 def _run_rooms(arguments: argparse.Namespace) -> None:

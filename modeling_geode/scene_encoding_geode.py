@@ -78,17 +78,21 @@ class SceneEncoding:
             self, visual_tokens=self.visual_tokens.to(device), rationale_tokens=self.rationale_tokens.to(device)
         )
 
-    def to_model_inputs(self) -> dict:
+    def to_model_inputs(self, num_questions: int = 1) -> dict:
         """
         What `forward` and `generate` take instead of this scene's frames and geometry.
 
+        Args:
+            num_questions (`int`, defaults to 1):
+                Rows of the batch, each a question about this scene.
+
         Returns:
-            `dict`: `mm_encoder_outputs`, and `rationale_features` of shape `(1, 1, num_rationale_tokens, hidden_size)` if
-            geometry was on.
+            `dict`: `mm_encoder_outputs`, and `rationale_features` of shape `(num_questions, 1, num_rationale_tokens,
+            hidden_size)` if geometry was on. Nothing is copied.
         """
-        video = BaseModelOutputWithPooling(pooler_output=[self.visual_tokens.flatten(0, 1)])
-        rationale = {"rationale_features": self.rationale_tokens[None, None]} if len(self.rationale_tokens) else {}
-        return {"mm_encoder_outputs": {"video": video}, **rationale}
+        video = BaseModelOutputWithPooling(pooler_output=[self.visual_tokens.flatten(0, 1)] * num_questions)
+        features = {"rationale_features": self.rationale_tokens.expand(num_questions, 1, -1, -1)}
+        return {"mm_encoder_outputs": {"video": video}, **(features if len(self.rationale_tokens) else {})}
 
     def save(self, path: str | os.PathLike) -> None:
         """

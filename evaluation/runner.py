@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Ask a model every question of a benchmark: each scene is encoded once, its questions are answered in batches.
+
+Predictions are written as they come, one line a question, so that an interrupted run goes on; several processes (`accelerate
+launch`) share the scenes. Batches never mix scenes and do not depend on the number of processes, so neither do answers.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from geode.evaluation.benchmark import Benchmark, Question
+from geode.modeling_geode.answers_geode import Answer, convert_from_si, format_number
+from geode.modeling_geode.scene_geode import SceneGeometry
+
+
+logger = logging.getLogger(__name__)
+
+CONTROLS = ("none", "blind", "no_geometry", "shuffled_geometry")
+PREDICTIONS, RUN = "predictions.jsonl", "run.json"
+MAX_NEW_TOKENS = 16  # as VSI-Bench's task file has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """
+    How a model is asked.
+
+    Args:
+        control (`str`, defaults to `"none"`): `"blind"` shows nothing, `"no_geometry"` the frames alone, and
+            `"shuffled_geometry"` the frames with the geometry of the next scene.
+        geometry (`str`, defaults to `"geometry/{scene}"`): Where a saved geometry is below the media root, with `{scene}`,
+            `{stem}` and `{parent}` of the video in it. Where there is none, the model's reconstructor makes it.
+        num_frames (`int`, *optional*): Frames that the language model sees; the default is the processor's.
+        batch_size (`int`, defaults to 16): Questions about one scene at a time.
+        max_new_tokens (`int`, defaults to 16): Longest answer. Decoding is greedy.
+    """
+
+    control: str = "none"
+    geometry: str = "geometry/{scene}"
+    num_frames: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+    def __post_init__(self):
+        if self.control not in CONTROLS:
+            raise ValueError(f"`control` must be one of {CONTROLS}, got {self.control!r}.")
+        for name in ("num_frames", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def scored_prediction(answer: Answer, question: Question) -> str:
+    """
+    Return what is scored of an answer: the first regressed value in the unit that is asked for, or else the text.
+
+    Args:
+        answer ([`Answer`]): The model's answer.
+        question ([`Question`]): The question.
+
+    Returns:
+        `str`: For a number a plain decimal without its unit; a count is whole.
+    """
+    record = question.record
+    found = [value.si_value for value in answer.values if isinstance(value.si_value, float)]
+    if record.kind != "number" or not found:
+        return answer.text.strip()
+    return format_number(convert_from_si(found[0], record.unit), record.unit)
+
+
+class Evaluator:
+    """
+    Answers the questions of a benchmark, scene by scene.
+
+    Args:
+        model ([`GeodeForConditionalGeneration`]): The model, on its device, in evaluation mode.
+        processor ([`GeodeProcessor`]): Its processor.
+        benchmark ([`Benchmark`]): The questions.
+        options ([`EvalOptions`], *optional*): How they are asked.
+    """
+
+    def __init__(self, model, processor, benchmark: Benchmark, options: EvalOptions | None = None):
+        self.model, self.processor, self.benchmark = model, processor, benchmark
+        self.options = options or EvalOptions()
+        media = list(benchmark.scenes())
+        self._next = dict(zip(media, [*media[1:], *media[:1]], strict=True))
+
+    def geometry_of(self, question: Question) -> SceneGeometry | None:
+        """
+        Return the geometry that is shown with a question's video.
+
+        Raises:
+            FileNotFoundError: If there is none, and the model cannot make it.
+        """
+        is_shuffled = self.options.control == "shuffled_geometry"
+        medium = Path(self._next[question.record.media] if is_shuffled else question.record.media)
+        names = {"scene": medium.stem, "stem": medium.stem, "parent": medium.parent.as_posix()}
+        path = self.benchmark.media_root / self.options.geometry.format(**names)
+        if path.exists():
+            return SceneGeometry.load(path)
+        if self.model.config.reconstructor_config is None or is_shuffled:
+            raise FileNotFoundError(
+                f"There is no geometry {path}, and {'another scene is shown' if is_shuffled else 'the model has no reconstructor'}. "
+                "Make it with `geode reconstruct`, name a pattern with `geometry`, or show the frames alone with `no_geometry`."
+            )
+        return None
+
+    def answer_scene(self, questions: Sequence[Question]) -> list[dict]:
+        """
+        Answer questions about one video.
+
+        Args:
+            questions (`Sequence[Question]`): All questions of the video.
+
+        Returns:
+            `list[dict]`: A line of the predictions for each.
+        """
+        start, lines = time.perf_counter(), []
+        part, scene = self._shown(questions[0])
+        encoding_s = time.perf_counter() - start
+        size = self.options.batch_size
+        for first in range(0, len(questions), size):
+            batch, start = questions[first : first + size], time.perf_counter()
+            answers = self._answer(batch, part, scene)
+            seconds = encoding_s / len(questions) + (time.perf_counter() - start) / len(batch)
+            lines += [self._line(*pair, seconds) for pair in zip(batch, answers, strict=True)]
+        return lines
+
+    def _shown(self, question: Question) -> tuple[list[dict], object]:
+        """The media part of the chat, and the encoded scene that it names."""
+        options = self.options
+        if options.control == "blind":
+            return [], None
+        video = self.benchmark.media_root / question.record.media
+        if not video.exists():
+            raise FileNotFoundError(
+                f"There is no video {video}. `media_root` must be the folder with DATASET/SCENE.mp4 in it."
+            )
+        use_geometry = options.control != "no_geometry"
+        geometry = self.geometry_of(question) if use_geometry else None
+        if self.model.config.drm_config.question_conditioned and use_geometry:
+            return [{"type": "video", "video": str(video), "geometry": geometry}], None
+        inputs = self.processor.prepare_scene(
+            video=video, geometry=geometry, num_frames=options.num_frames, use_geometry=use_geometry
+        )
+        scene = self.model.encode_scene(**inputs)
+        return [{"type": "scene", "scene": scene}], scene
+
+    def _answer(self, questions: Sequence[Question], part: list[dict], scene) -> list[Answer]:
+        chats = [
+            [{"role": "user", "content": [*part, {"type": "text", "text": question.record.prompt}]}]
+            for question in questions
+        ]
+        inputs = self.processor.apply_chat_template(
+            chats,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            padding=True,
+            padding_side="left",
+            use_geometry=self.options.control not in ("blind", "no_geometry"),
+            num_frames=self.options.num_frames,
+        ).to(self.model.device)
+        encoded = {} if scene is None else scene.to_model_inputs(len(questions))
+        output = self.model.generate(
+            **inputs,
+            **encoded,
+            max_new_tokens=self.options.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+        )
+        return self.processor.post_process_answers(output, input_ids=inputs["input_ids"])
+
+    @staticmethod
+    def _line(question: Question, answer: Answer, seconds: float) -> dict:
+        record = question.record
+        return {
+            "id": record.uid,
+            "scene": record.media,
+            "question_type": record.question_type,
+            "prediction": scored_prediction(answer, question),
+            "ground_truth": question.ground_truth,
+            "num_options": question.num_options,
+            **answer.to_dict(),
+            "seconds": round(seconds, 4),
+        }
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read the whole lines of a file that may end in the middle of one."""
+    text = path.read_bytes() if path.is_file() else b""
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+
+def predict(evaluator: Evaluator, out: str | Path, *, run: dict, show_progress: bool = True) -> list[dict] | None:
+    """
+    Answer what is not answered yet, in every process of a launch.
+
+    Args:
+        evaluator ([`Evaluator`]): The model and its questions.
+        out (`str` or `Path`): Folder of the results: new, or of the same run.
+        run (`dict`): What decides the answers; it is kept in `run.json`.
+        show_progress (`bool`, defaults to `True`): Show a bar over the scenes of the first process.
+
+    Returns:
+        `list[dict]`: All predictions in the order of the benchmark, as in `predictions.jsonl`; None but in the main process.
+
+    Raises:
+        ValueError: If the folder holds another run.
+    """
+    state, folder = PartialState(), Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        _check_run(folder / RUN, run)
+    state.wait_for_everyone()
+    own = folder / f"predictions-{state.process_index}.jsonl"
+    done = {line["id"]: line for path in sorted(folder.glob("predictions*.jsonl")) for line in read_lines(path)}
+    _drop_broken_line(own)
+    state.wait_for_everyone()  # nobody writes before all have read
+    scenes = list(evaluator.benchmark.scenes().values())[state.process_index :: state.num_processes]
+    hidden = not (show_progress and state.is_main_process)
+    with own.open("a", encoding="utf-8") as file:
+        for questions in tqdm(scenes, desc="Scenes", unit="scene", disable=hidden):
+            if all(question.record.uid in done for question in questions):
+                continue
+            lines = evaluator.answer_scene(questions)
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+    state.wait_for_everyone()
+    return _merge(evaluator.benchmark, folder) if state.is_main_process else None
+
+
+def _check_run(path: Path, run: dict) -> None:
+    if not path.is_file():
+        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    found = json.loads(path.read_text("utf-8"))
+    different = sorted(name for name in found.keys() | run.keys() if found.get(name) != run.get(name))
+    if different:
+        pairs = "; ".join(f"{name}: {found.get(name)!r} there, {run.get(name)!r} now" for name in different)
+        raise ValueError(f"{path.parent} holds another run ({pairs}). Name another folder, or delete it.")
+
+
+def _drop_broken_line(path: Path) -> None:
+    if path.is_file():
+        whole = path.read_bytes()
+        os.truncate(path, whole.rfind(b"\n") + 1)
+
+
+def _merge(benchmark: Benchmark, folder: Path) -> list[dict]:
+    """Put the parts of all processes into one file, in the order of the benchmark."""
+    parts = sorted(folder.glob("predictions-*.jsonl"))
+    found = {line["id"]: line for path in [folder / PREDICTIONS, *parts] for line in read_lines(path)}
+    lines = [found[question.record.uid] for question in benchmark.questions]
+    scratch = folder / f"{PREDICTIONS}.tmp"
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(scratch, folder / PREDICTIONS)
+    for path in parts:
+        path.unlink()
+    return lines
+
+
+def run_facts(model, processor, benchmark: Benchmark, options: EvalOptions, *, model_name: str, digest: str) -> dict:
+    """
+    Return what decides the answers of a run.
+
+    Args:
+        model ([`GeodeForConditionalGeneration`]): The model.
+        processor ([`GeodeProcessor`]): Its processor.
+        benchmark ([`Benchmark`]): The questions.
+        options ([`EvalOptions`]): How they are asked.
+        model_name (`str`): Path or Hub id of the model.
+        digest (`str`): Commit or digest of its weights.
+
+    Returns:
+        `dict`: Plain types.
+    """
+    return {
+        "model": model_name,
+        "model_revision": digest,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "benchmark": benchmark.name,
+        "benchmark_revision": benchmark.revision,
+        "is_on_hub": benchmark.is_on_hub,
+        "split": benchmark.split,
+        "subset": benchmark.subset,
+        "questions": len(benchmark.questions),
+        "scenes": len(benchmark.scenes()),
+        "control": options.control,
+        "geometry": options.geometry,
+        "frames": options.num_frames or processor.num_frames,
+        "geometry_frames": processor.num_geometry_frames,
+        "rationale_tokens": processor.num_rationale_tokens,
+        "batch_size": options.batch_size,
+        "max_new_tokens": options.max_new_tokens,
+    }
+
+
+__all__ = ["CONTROLS", "EvalOptions", "Evaluator", "predict", "read_lines", "run_facts", "scored_prediction"]

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `geode eval` does: ask a model a benchmark's questions, score the answers, and write a card."""
+
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+
+from geode.commands import load_checkpoint
+from geode.evaluation.benchmark import load_benchmark
+from geode.evaluation.results import score_table, write_results
+from geode.evaluation.runner import EvalOptions, Evaluator, predict, run_facts
+from geode.modeling_geode.scene_encoding_geode import digest_of
+
+
+def evaluate_model(
+    benchmark: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    model: str | os.PathLike | None = None,
+    revision: str | None = None,
+    split: str = "test",
+    subset: str = "full",
+    benchmark_revision: str | None = None,
+    media_root: str | os.PathLike | None = None,
+    max_scenes: int | None = None,
+    scorer: str = "official",
+    **options,
+) -> dict | None:
+    """
+    Ask a model a benchmark's questions, write predictions, scores and a card, and print the table.
+
+    Args:
+        benchmark (`str` or `os.PathLike`): See `load_benchmark`.
+        out (`str` or `os.PathLike`): Folder of the results. One with the same run goes on where it stopped.
+        model (`str` or `os.PathLike`, *optional*): A checkpoint's folder or its name on the Hub; the default is the tiny one.
+        revision (`str`, *optional*): Branch, tag or commit of a checkpoint on the Hub.
+        split (`str`, defaults to `"test"`): See `load_benchmark`.
+        subset (`str`, defaults to `"full"`): See `load_benchmark`.
+        benchmark_revision (`str`, *optional*): Its `revision`.
+        media_root (`str` or `os.PathLike`, *optional*): See `load_benchmark`.
+        max_scenes (`int`, *optional*): See `load_benchmark`.
+        scorer (`str`, defaults to `"official"`): See `score_lines`.
+        **options: Fields of [`EvalOptions`].
+
+    Returns:
+        `dict`: The scores; None but in the main process of a launch.
+
+    Raises:
+        FileNotFoundError: If checkpoint, benchmark, a video or a geometry is missing.
+        ValueError: If `out` holds another run, or an option is unknown.
+    """
+    settings = EvalOptions(**options)
+    found = load_benchmark(
+        benchmark,
+        split=split,
+        subset=subset,
+        revision=benchmark_revision,
+        media_root=media_root,
+        max_scenes=max_scenes,
+    )
+    checkpoint = load_checkpoint(model, revision)
+    network = checkpoint.model.to(PartialState().device).eval()
+    digest = getattr(network.config, "_commit_hash", None) or digest_of(network.state_dict(), {})
+    facts = run_facts(
+        network, checkpoint.processor, found, settings, model_name=str(model or "geode/tiny"), digest=digest
+    )
+    evaluator = Evaluator(network, checkpoint.processor, found, settings)
+    if predict(evaluator, out, run=facts) is None:
+        return None
+    return report(out, scorer=scorer)
+
+
+def report(out: str | os.PathLike, *, scorer: str = "official") -> dict:
+    """
+    Score the predictions in a folder, write its card, and print the table. Needs no model.
+
+    Args:
+        out (`str` or `os.PathLike`): Folder of a finished run.
+        scorer (`str`, defaults to `"official"`): See `score_lines`.
+
+    Returns:
+        `dict`: The scores.
+    """
+    scores = write_results(out, scorer=scorer)
+    print(score_table(scores))
+    print(f"card: {Path(out) / 'README.md'}")
+    return scores
