@@ -92,6 +92,9 @@ setup(
         "tqdm",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["geode = geode.cli:main"]},
+    entry_points={
+        "console_scripts": ["geode = geode.cli:main"],
+        "lmms_eval.models": ["geode = geode.evaluation.lmms_eval_plugin:manifest"],
+    },
     zip_safe=False,
 )

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Table 4 of the paper on the embedded world, with a control that the paper lacks: geometry of another room.
+Tables 2, 3 and 4 of the paper on the embedded world, two controls that it lacks, and open choices of the method.
 
     python -m geode.trainers.world --data DATA --out tiny          # once: encoders, features, language model, rationale module
-    python -m benchmarks.paper_tables --data DATA --world tiny --out tables
+    python -m benchmarks.paper_tables --data DATA --world tiny --out tables --table 4
 
 Each variant starts from the same aligned model and rationale module, and takes the same steps of the same curriculum (`locate`,
-then `measure`) in each of several seeds. What is run is kept in a folder of its own, so that an interrupted run goes on. At the end
-stand a table of means and standard errors over seeds (`tables.md`), the same as numbers (`tables.json`) and as a picture
-(`tables.png`, which needs matplotlib), and whether true geometry beats that of another room by more than two standard errors.
+then `measure`) in each of several seeds. What is run is kept in a folder of its own, so that an interrupted run goes on, and two tables
+share the variants that they have in common. At the end stand a table of means and standard errors over seeds (`table_4.md`), the same as
+numbers (`.json`) and as a picture (`.png`), and whether true geometry beats that of another room by more than two standard errors.
 
-| Variant | `<spatio>` tokens and fused features | Numbers and boxes |
-| --- | --- | --- |
-| SFT | none | digits |
-| + DRH | none | regressed |
-| + DRM | of the room | digits |
-| GEODE | of the room | regressed |
-| GEODE, other geometry | of another room, in training and after; the frames are the room's | regressed |
+| Table | Variants, beside GEODE: 16 rationale tokens and the fused features of the room, 8 geometry frames, values regressed |
+| --- | --- |
+| `4` | SFT: no geometry, digits. + DRH: no geometry. + DRM: digits. Other geometry: that of another room, in training and after |
+| `2` | 16 geometry frames |
+| `3` | 4 and 8 rationale tokens, in training and after; and without fused features |
+| `digits` | + DRM with a loss on number tokens instead of a head |
+| `choices` | The state that is regressed, the loss, the codec, and whether values are fed back |
 """
 
 import argparse
@@ -26,16 +26,20 @@ import math
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
+from geode.configuration.configuration_geode import GeodeConfig
 from geode.data.feature_store import FeatureStore, StoredScene
+from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.collator import GeodeDataCollator
-from geode.trainers.world import NUM_TEST, STORE, World, check_run, curriculum_trainer, find_checkpoint
+from geode.trainers.stage2_trainer import GeodeStage2Trainer
+from geode.trainers.training_setup import load_model
+from geode.trainers.world import NUM_TEST, STORE, World, check_run, curriculum_trainer, find_checkpoint, store_features
 from geode.trainers.world_encoders import list_scenes
 from geode.trainers.world_scores import BOX_TASK, answer_records, blind_scores, score_answers
 
@@ -51,17 +55,25 @@ SOURCE = "alignment"
 @dataclass(frozen=True)
 class Variant:
     """
-    One row of the table.
+    One row of a table.
 
     Args:
         use_geometry (`bool`): Show `<spatio>` tokens and fused features.
         with_values (`bool`): Regress numbers and boxes rather than write digits.
         is_exchanged (`bool`): Take the geometry of another room.
+        num_rationale_tokens (`int`, *optional*): `<spatio>` tokens, if fewer than all.
+        num_geometry_frames (`int`, *optional*): Frames of the geometry, if others than the world's.
+        has_number_loss (`bool`): Add [`number_token_loss`].
+        overrides (`dict`): Changes of the configuration.
     """
 
     use_geometry: bool = True
     with_values: bool = True
     is_exchanged: bool = False
+    num_rationale_tokens: int | None = None
+    num_geometry_frames: int | None = None
+    has_number_loss: bool = False
+    overrides: dict = field(default_factory=dict)
 
 
 VARIANTS = {
@@ -70,7 +82,67 @@ VARIANTS = {
     "+ DRM": Variant(with_values=False),
     "GEODE": Variant(),
     "GEODE, other geometry": Variant(is_exchanged=True),
+    "16 geometry frames": Variant(num_geometry_frames=16),
+    "M = 4": Variant(num_rationale_tokens=4),
+    "M = 8": Variant(num_rationale_tokens=8),
+    "rationale tokens alone": Variant(overrides={"drm_config": {"inject_features": False}}),
+    "+ DRM, number loss": Variant(with_values=False, has_number_loss=True),
+    "state before the token": Variant(overrides={"drh_config": {"hidden_position": "previous"}}),
+    "L1": Variant(overrides={"drh_config": {"loss": "l1"}}),
+    "Huber": Variant(overrides={"drh_config": {"loss": "huber"}}),
+    "log": Variant(overrides={"control_tokens": "log"}),
+    "value feedback": Variant(overrides={"drh_config": {"value_feedback": True}}),
 }
+TABLES = {
+    "4": ("SFT", "+ DRH", "+ DRM", "GEODE", "GEODE, other geometry"),
+    "2": ("GEODE", "16 geometry frames"),
+    "3": ("M = 4", "M = 8", "GEODE", "rationale tokens alone"),
+    "digits": ("+ DRM", "+ DRM, number loss", "GEODE"),
+    "choices": ("GEODE", "state before the token", "L1", "Huber", "log", "value feedback"),
+}
+NUMBER_LOSS_WEIGHT = 0.3
+
+
+def number_token_loss(logits: torch.Tensor, labels: torch.Tensor, digit_ids: Sequence[int]) -> torch.Tensor:
+    """
+    Return the squared distance between a digit and the mean of the digits that are predicted in its place.
+
+    Source: Zausinger et al., "Regress, Don't Guess" (arXiv 2411.02083), its form with a squared error.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Predictions of the next token.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens, -100 where nothing is learned.
+        digit_ids (`Sequence[int]`): The tokens of 0 to 9.
+
+    Returns:
+        `torch.Tensor` of shape `()`: The mean over the digits that are learned; 0 where there is none.
+
+    Example:
+    ```python
+    >>> logits = torch.zeros(1, 2, 10)  # all digits alike: 4.5 in the mean
+    >>> number_token_loss(logits, torch.tensor([[-100, 4]]), range(10))
+    tensor(0.2500)
+
+    ```
+    """
+    digits = torch.tensor(list(digit_ids), device=labels.device)
+    rows = torch.isin(labels[:, 1:], digits)
+    shares = logits[:, :-1][rows][:, digits].float().softmax(dim=-1)
+    truth = (labels[:, 1:][rows][:, None] == digits).float()
+    values = torch.arange(10.0, device=labels.device)
+    return ((shares - truth) @ values).square().sum() / rows.sum().clamp(min=1)
+
+
+class NumberTokenTrainer(GeodeStage2Trainer):
+    """Stage 2 with [`number_token_loss`] beside the cross-entropy. For one process without accumulated gradients."""
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """Compute the loss of a batch."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            digits = self.processing_class.tokenizer.convert_tokens_to_ids(list("0123456789"))
+            loss = loss + NUMBER_LOSS_WEIGHT * number_token_loss(outputs.logits, inputs["labels"], digits)
+        return (loss, outputs) if return_outputs else loss
 
 
 class ExchangedGeometry(FeatureStore):
@@ -92,6 +164,22 @@ class _ExchangedScene(StoredScene):
         return {name: own[name] if name == "video_features" else tensor for name, tensor in other.items()}
 
 
+def overrides_of(variant: Variant, world: World, config: GeodeConfig) -> dict:
+    """Return a variant's changes of the configuration; a codec takes its statistics from the world's numbers."""
+    if variant.overrides.get("control_tokens") != "log":
+        return variant.overrides
+    logs = torch.tensor([record.value_si for record in world.records if record.value_si is not None]).log()
+    codec = {"transform": "log", "mean": [logs.mean().item()], "std": [logs.std().item()]}
+    tokens = config.control_tokens
+    return {"control_tokens": {**tokens, "<REG>": {**tokens["<REG>"], "codec": codec}}}
+
+
+def store_of(world: World, variant: Variant) -> Path:
+    """Return the features that a variant reads."""
+    suffix = f"_{variant.num_geometry_frames}_frames" if variant.num_geometry_frames else ""
+    return world.out / f"{STORE}{suffix}"
+
+
 def run(world: World, out: Path, name: str, seed: int) -> dict:
     """Train and score a variant once; what was finished before is read."""
     variant = VARIANTS[name]
@@ -100,14 +188,19 @@ def run(world: World, out: Path, name: str, seed: int) -> dict:
         return json.loads((folder / "scores.json").read_text("ascii"))
     world = replace(world, seed=seed)
     set_seed(seed)
-    model, processor = world.load(SOURCE)
-    store = world.out / STORE
+    source, store = str(world.out / SOURCE), store_of(world, variant)
+    overrides = overrides_of(variant, world, GeodeConfig.from_pretrained(source))
+    model, processor = load_model(source, overrides=overrides), GeodeProcessor.from_pretrained(source)
+    processor.control_tokens = model.config.control_tokens
+    if variant.num_geometry_frames:
+        processor.num_geometry_frames = variant.num_geometry_frames
     collator = GeodeDataCollator(
         processor=processor,
         media_root=world.rooms,
         feature_store=ExchangedGeometry(store) if variant.is_exchanged else FeatureStore(store),
         use_geometry=variant.use_geometry,
         with_values=variant.with_values,
+        num_rationale_tokens=variant.num_rationale_tokens,
     )
     for part in PARTS:
         trainer = curriculum_trainer(
@@ -117,7 +210,9 @@ def run(world: World, out: Path, name: str, seed: int) -> dict:
             processor,
             output_dir=folder / part,
             collator=collator,
+            trainer_class=NumberTokenTrainer if variant.has_number_loss else GeodeStage2Trainer,
             drm_path=str(world.out / "stage1"),
+            feature_store=str(store.resolve()),
             eval_strategy="no",
             save_steps=200,
             disable_tqdm=True,
@@ -130,6 +225,13 @@ def run(world: World, out: Path, name: str, seed: int) -> dict:
     scores = score_answers(records, answers)
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="ascii")
     return scores
+
+
+def make_store(world: World, variant: Variant) -> None:
+    """Store the features of all rooms with another number of geometry frames; what is stored is kept."""
+    model, processor = world.load("parts")
+    processor.num_geometry_frames = variant.num_geometry_frames
+    store_features(world, model, processor, folder=store_of(world, variant))
 
 
 def _run_alone(world: World, out: Path, name: str, seed: int) -> dict:
@@ -247,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--world", type=Path, required=True, help="results of `geode.trainers.world`, at least up to `stage1`"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and tables")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--table", choices=list(TABLES), default="4", help="which table (default: 4)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the curriculum's steps")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
@@ -255,21 +357,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = World(data=args.data, out=args.world, scale=args.scale)
     args.out.mkdir(parents=True, exist_ok=True)
     check_run(args.out, {"world": str(args.world), "steps": {part: world.steps(part) for part in PARTS}})
+    names = TABLES[args.table]
+    for variant in (VARIANTS[name] for name in names):
+        if variant.num_geometry_frames:
+            make_store(world, variant)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         # Seed by seed, so that an unfinished table compares all variants.
         futures = {
             (name, seed): pool.submit(_run_alone, world, args.out, name, seed)
             for seed in range(args.seeds)
-            for name in args.variants
+            for name in names
         }
         found = {key: columns(future.result()) for key, future in futures.items()}
-    runs = {name: [found[name, seed] for seed in range(args.seeds)] for name in args.variants}
+    runs = {name: [found[name, seed] for seed in range(args.seeds)] for name in names}
     summary = summarise(runs)
     blind = blind_scores(world.rooms)
     table = write_table(summary, blind, num_seeds=args.seeds)
-    draw(runs, blind, args.out / "tables.png")
-    (args.out / "tables.md").write_text(table + "\n", encoding="ascii")
-    (args.out / "tables.json").write_text(
+    draw(runs, blind, args.out / f"table_{args.table}.png")
+    (args.out / f"table_{args.table}.md").write_text(table + "\n", encoding="ascii")
+    (args.out / f"table_{args.table}.json").write_text(
         json.dumps({"runs": runs, "summary": summary}, indent=1) + "\n", encoding="ascii"
     )
     print(table)  # noqa: T201

@@ -17,6 +17,7 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from geode.evaluation.asking import ask, show_video
 from geode.evaluation.benchmark import Benchmark, Question
 from geode.modeling_geode.answers_geode import Answer, convert_from_si, format_number
 from geode.modeling_geode.scene_geode import SceneGeometry
@@ -125,18 +126,26 @@ class Evaluator:
             `list[dict]`: A line of the predictions for each.
         """
         start, lines = time.perf_counter(), []
-        part, scene = self._shown(questions[0])
+        parts, scene = self._shown(questions[0])
         encoding_s = time.perf_counter() - start
         size = self.options.batch_size
         for first in range(0, len(questions), size):
             batch, start = questions[first : first + size], time.perf_counter()
-            answers = self._answer(batch, part, scene)
+            answers = ask(
+                self.model,
+                self.processor,
+                [question.record.prompt for question in batch],
+                parts=parts,
+                scene=scene,
+                max_new_tokens=self.options.max_new_tokens,
+                **self._view(),
+            )
             seconds = encoding_s / len(questions) + (time.perf_counter() - start) / len(batch)
             lines += [self._line(*pair, seconds) for pair in zip(batch, answers, strict=True)]
         return lines
 
     def _shown(self, question: Question) -> tuple[list[dict], object]:
-        """The media part of the chat, and the encoded scene that it names."""
+        """The parts of the chat that show its video, and the encoded scene that they name."""
         options = self.options
         if options.control == "blind":
             return [], None
@@ -145,41 +154,12 @@ class Evaluator:
             raise FileNotFoundError(
                 f"There is no video {video}. `media_root` must be the folder with DATASET/SCENE.mp4 in it."
             )
-        use_geometry = options.control != "no_geometry"
-        geometry = self.geometry_of(question) if use_geometry else None
-        if self.model.config.drm_config.question_conditioned and use_geometry:
-            return [{"type": "video", "video": str(video), "geometry": geometry}], None
-        inputs = self.processor.prepare_scene(
-            video=video, geometry=geometry, num_frames=options.num_frames, use_geometry=use_geometry
-        )
-        scene = self.model.encode_scene(**inputs)
-        return [{"type": "scene", "scene": scene}], scene
+        geometry = self.geometry_of(question) if options.control != "no_geometry" else None
+        return show_video(self.model, self.processor, video, geometry=geometry, **self._view())
 
-    def _answer(self, questions: Sequence[Question], part: list[dict], scene) -> list[Answer]:
-        chats = [
-            [{"role": "user", "content": [*part, {"type": "text", "text": question.record.prompt}]}]
-            for question in questions
-        ]
-        inputs = self.processor.apply_chat_template(
-            chats,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            padding=True,
-            padding_side="left",
-            use_geometry=self.options.control not in ("blind", "no_geometry"),
-            num_frames=self.options.num_frames,
-        ).to(self.model.device)
-        encoded = {} if scene is None else scene.to_model_inputs(len(questions))
-        output = self.model.generate(
-            **inputs,
-            **encoded,
-            max_new_tokens=self.options.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-        )
-        return self.processor.post_process_answers(output, input_ids=inputs["input_ids"])
+    def _view(self) -> dict:
+        use_geometry = self.options.control not in ("blind", "no_geometry")
+        return {"use_geometry": use_geometry, "num_frames": self.options.num_frames}
 
     @staticmethod
     def _line(question: Question, answer: Answer, seconds: float) -> dict:

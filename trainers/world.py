@@ -264,14 +264,28 @@ PARTS = {
 }
 
 
-def store_features(world: World) -> dict:
-    """Store what the frozen encoders make of the scenes of every split."""
-    model, processor = world.load("parts")
+def store_features(world: World, model=None, processor=None, *, folder: Path | None = None) -> dict:
+    """
+    Store what the frozen encoders make of the scenes of every split.
+
+    Args:
+        world ([`World`]): The run.
+        model ([`GeodeForConditionalGeneration`], *optional*): The default is that of the stage before.
+        processor ([`GeodeProcessor`], *optional*): Likewise.
+        folder (`Path`, *optional*): The store; by default that of the run.
+
+    Returns:
+        `dict`: Number of scenes.
+
+    Raises:
+        ValueError: If a scene cannot be encoded.
+    """
+    if model is None:
+        model, processor = world.load("parts")
     names = sorted(name for split in SPLITS for name in list_scenes(world.rooms, split))
     items = [VideoItem(f"rooms/{name}.mp4", f"geometry/{name}") for name in names]
-    report = precompute(
-        model, processor, items, world.out / STORE, media_root=world.rooms, store_vision_features=True, shard_size=64
-    )
+    options = {"media_root": world.rooms, "store_vision_features": True, "shard_size": 64}
+    report = precompute(model, processor, items, folder or world.out / STORE, **options)
     if report.failures:
         raise ValueError(
             f"All scenes must be stored, and {len(report.failures)} failed: {report.lines()[1]}. Make the world anew, or run "
@@ -378,6 +392,7 @@ def curriculum_trainer(
     *,
     output_dir: Path,
     collator: GeodeDataCollator | None = None,
+    trainer_class: type[GeodeStage2Trainer] = GeodeStage2Trainer,
     **options: object,
 ) -> GeodeStage2Trainer:
     """
@@ -390,6 +405,7 @@ def curriculum_trainer(
         processor ([`GeodeProcessor`]): Its processor.
         output_dir (`Path`): Folder of its checkpoints.
         collator ([`GeodeDataCollator`], *optional*): In the place of the trainer's own.
+        trainer_class (`type`, defaults to [`GeodeStage2Trainer`]): It, or a class of it.
         **options: Options of [`GeodeStage2Config`] that replace those of the curriculum.
 
     Returns:
@@ -425,7 +441,7 @@ def curriculum_trainer(
         "seed": world.seed,
     }
     held_out = set(world.held_out_scenes)
-    return GeodeStage2Trainer(
+    return trainer_class(
         model,
         GeodeStage2Config(output_dir=str(output_dir), **{**defaults, **options}),
         data_collator=collator,
