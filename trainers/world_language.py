@@ -3,10 +3,14 @@
 Pre-train the small language model on the world's text alone. It stands for Qwen's pre-training.
 
 A frozen language model that knows no language would make alignment and stage 1 meaningless. So it reads questions, rationales and
-answers of the training split, without any scene; half of them after a list of what is in the room and where, from which the
+answers of the training split, without any scene; half of them after a list of things in the room and where they are, from which the
 rationale follows. So it learns the words, to look things up in what it was shown, and some arithmetic.
+
+The list has what the rationale names and a few things more: with all of a room it would be longer than a row, and what is looked up would
+never be seen together with what is listed.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,45 +21,66 @@ from geode.trainers.world_encoders import fit
 
 
 DIGITS = 2
+NUM_OTHERS = 3  # things listed beside those that are named
 
 
-def inventory(scene: dict) -> str:
+def inventory(objects: Sequence[dict]) -> str:
     """
-    Say what is in a room and where.
+    Say what is where.
 
     Args:
-        scene (`dict`): The scene's record.
+        objects (`Sequence[dict]`): Objects of a scene's record.
 
     Returns:
         `str`: The list.
 
     Example:
     ```python
-    >>> inventory({"objects": [{"category": "bed", "box": [0.5, -2.0, 0.25, 2.1, 1.4, 0.5, 0.0]}]})
+    >>> inventory([{"category": "bed", "box": [0.5, -2.0, 0.25, 2.1, 1.4, 0.5, 0.0]}])
     'The bed is at (0.50, -2.00, 0.25) and measures 2.10 x 1.40 x 0.50 m.'
 
     ```
     """
     lines = []
-    for entry in scene["objects"]:
+    for entry in objects:
         numbers = [f"{value:.{DIGITS}f}" for value in entry["box"][:6]]
         where, sides = ", ".join(numbers[:3]), " x ".join(numbers[3:])
         lines.append(f"The {entry['category']} is at ({where}) and measures {sides} m.")
     return " ".join(lines)
 
 
-def text_of(record: Record, scene: dict | None = None) -> str:
+def draw_objects(record: Record, scene: dict, generator: torch.Generator) -> list[dict]:
+    """
+    Draw what is listed before a question: the objects that question and rationale name, and some others, in any order.
+
+    Args:
+        record (`Record`): The question.
+        scene (`dict`): The record of its scene.
+        generator (`torch.Generator`): Decides others and order.
+
+    Returns:
+        `list[dict]`: Objects of the scene's record.
+    """
+    text = f"{record.prompt} {record.rationale}"
+    named = [entry for entry in scene["objects"] if re.search(rf"\b{re.escape(entry['category'])}\b", text)]
+    others = [entry for entry in scene["objects"] if entry not in named]
+    drawn = [others[index] for index in torch.randperm(len(others), generator=generator)[:NUM_OTHERS].tolist()]
+    listed = [*named, *drawn]
+    return [listed[index] for index in torch.randperm(len(listed), generator=generator).tolist()]
+
+
+def text_of(record: Record, objects: Sequence[dict] = ()) -> str:
     """
     Write a question and its answer as a chat.
 
     Args:
         record (`Record`): The question.
-        scene (`dict`, *optional*): The record of its scene, to be listed before the question.
+        objects (`Sequence[dict]`): What is listed before the question.
 
     Returns:
         `str`: The chat, with the marks of its turns.
     """
-    shown = "" if scene is None else f"{inventory(scene)}\n"
+    shown = f"{inventory(objects)}\n" if objects else ""
     answer = record.rationale or record.answer_text
     return (
         f"{TURN_START_TOKEN}user\n{shown}{record.prompt}{TURN_END_TOKEN}\n"
@@ -110,11 +135,11 @@ def _rows(tokenizer, records, scenes, length: int, generator: torch.Generator):
         for number in torch.randperm(len(records), generator=generator).tolist():
             record = records[number]
             is_listed = bool(torch.rand((), generator=generator) < 0.5)
-            text = text_of(record, scenes.get(record.scene) if is_listed else None)
+            text = text_of(record, draw_objects(record, scenes[record.scene], generator) if is_listed else ())
             buffer += tokenizer(text)["input_ids"]
             while len(buffer) >= length:
                 yield torch.tensor(buffer[:length])
                 buffer = buffer[length:]
 
 
-__all__ = ["inventory", "pretrain_language_model", "text_of"]
+__all__ = ["draw_objects", "inventory", "pretrain_language_model", "text_of"]

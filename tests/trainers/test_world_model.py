@@ -9,7 +9,7 @@ import torch
 
 from geode.data.schemas import Record, benchmark_prompt
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
-from geode.trainers.world_language import pretrain_language_model, text_of
+from geode.trainers.world_language import NUM_OTHERS, draw_objects, pretrain_language_model, text_of
 from geode.trainers.world_model import frequent_phrases, make_config, make_processor
 
 
@@ -92,8 +92,23 @@ def test_language_model_learns_from_text_alone_by_its_seed(records):
     assert losses[0] < math.log(len(processor.tokenizer))
 
 
-def test_text_of_lists_the_room_before_the_question(records):
-    listed = text_of(records[0], SCENE)
+def test_text_of_lists_things_before_the_question(records):
+    listed = text_of(records[0], SCENE["objects"])
     assert "user\nThe bed is at (1.00, 2.00, 0.25) and measures 2.00 x 1.50 x 0.50 m.\nThese are frames" in listed
     assert listed.endswith("Answer: turn left.<|im_end|>\n")
     assert text_of(records[0]) == listed.replace(listed.partition("user\n")[2].partition("These")[0], "")
+
+
+def test_what_is_listed_is_what_is_named_and_a_few_things_more():
+    """With all of a room a list was longer than a row, and nothing was ever looked up in it."""
+    box = [1.0, 2.0, 0.25, 2.0, 1.5, 0.5, 0.0]
+    names = ["bed", "lamp", "lamp", "lampshade", *(f"thing {number}" for number in range(20))]
+    scene = {"objects": [{"category": name, "box": box, "id": number} for number, name in enumerate(names)]}
+    record = make_record(0, prompt="How far is the bed?", rationale="The lamp is near.")
+    found = [draw_objects(record, scene, torch.Generator().manual_seed(seed)) for seed in range(6)]
+    for objects in found:
+        ids = [entry["id"] for entry in objects]
+        assert {0, 1, 2} < set(ids)
+        assert len(ids) == len(set(ids)) == 3 + NUM_OTHERS
+    assert len({tuple(entry["id"] for entry in objects) for objects in found}) > 3
+    assert draw_objects(record, SCENE, torch.Generator()) == SCENE["objects"]
