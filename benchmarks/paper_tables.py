@@ -35,11 +35,12 @@ from transformers import set_seed
 
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.data.feature_store import FeatureStore, StoredScene
+from geode.evaluation.runner import check_run
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.collator import GeodeDataCollator
 from geode.trainers.stage2_trainer import GeodeStage2Trainer
 from geode.trainers.training_setup import load_model
-from geode.trainers.world import NUM_TEST, STORE, World, check_run, curriculum_trainer, find_checkpoint, store_features
+from geode.trainers.world import NUM_TEST, STORE, World, curriculum_trainer, find_checkpoint, store_features
 from geode.trainers.world_encoders import list_scenes
 from geode.trainers.world_scores import BOX_TASK, answer_records, blind_scores, score_answers
 

@@ -9,6 +9,37 @@ from geode.modeling_geode.scene_encoding_geode import SceneEncoding
 from geode.modeling_geode.scene_geode import SceneGeometry
 
 
+def geometry_path(media_root: Path, pattern: str, video: Path) -> Path:
+    """
+    Return where the saved geometry of a video would be.
+
+    Args:
+        media_root (`Path`): Folder that the pattern is below.
+        pattern (`str`): A path with `{scene}`, `{stem}` (the same) and `{parent}` of the video in it.
+        video (`Path`): The video, below the folder.
+
+    Returns:
+        `Path`: The path, whether there is something or not.
+
+    Raises:
+        ValueError: If the pattern asks for another name.
+
+    Example:
+    ```python
+    >>> geometry_path(Path("root"), "geometry/{scene}", Path("rooms/room_1.mp4")).as_posix()
+    'root/geometry/room_1'
+
+    ```
+    """
+    names = {"scene": video.stem, "stem": video.stem, "parent": video.parent.as_posix()}
+    try:
+        return media_root / pattern.format(**names)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"`geometry` must be a path with no other names in braces than {sorted(names)}, got {pattern!r}."
+        ) from error
+
+
 def show_video(
     model,
     processor,
@@ -90,4 +121,4 @@ def ask(
     return processor.post_process_answers(output, input_ids=inputs["input_ids"])
 
 
-__all__ = ["ask", "show_video"]
+__all__ = ["ask", "geometry_path", "show_video"]

@@ -3,6 +3,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +92,17 @@ def load_benchmark(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a row is malformed, nothing is left, or an option is unknown.
+        ValueError: If a row is malformed, two have one id, nothing is left, or an option is unknown.
     """
     if subset not in SUBSETS:
         raise ValueError(f"`subset` must be one of {SUBSETS}, got {subset!r}.")
+    if max_scenes is not None and max_scenes < 1:
+        raise ValueError(f"`max_scenes` must be at least 1, got {max_scenes}.")
     path = Path(name)
     if path.exists():
         file = path if path.is_file() else _file_of(path, split)
         kind = "parquet" if file.suffix == ".parquet" else "json"
-        rows = load_dataset(kind, data_files=str(file), split="train", features=READERS[READER].FEATURES)
+        rows = load_dataset(kind, data_files=str(file), split="train")
         found = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         folder = file.parent.parent if file.parent.name == "benchmark" else file.parent
     elif _HUB_ID.fullmatch(str(name)) and not str(name).startswith("."):
@@ -111,7 +114,12 @@ def load_benchmark(
         found, folder = _commit_of(rows, revision), Path(media_root)
     else:
         raise FileNotFoundError(f"`name` must be a file, a folder or an id on the Hub, and there is no {str(name)!r}.")
+    if subset != "full" and "pruned" not in rows.column_names:
+        raise ValueError(f"`subset={subset!r}` needs a column `pruned`, and {name} has {rows.column_names}.")
     questions = [_question_of(row, index, str(name)) for index, row in enumerate(rows)]
+    repeated = [uid for uid, count in Counter(item.record.uid for item in questions).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Each question must have an `id` of its own, and {name} has {repeated[0]!r} more than once.")
     if subset != "full":
         questions = [item for item in questions if (item.record.subset == "pruned") == (subset == "pruned")]
     if max_scenes is not None:

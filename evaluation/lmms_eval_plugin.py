@@ -13,7 +13,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm.auto import tqdm
 
-from geode.evaluation.asking import ask, show_video
+from geode.data.processes import process_state
+from geode.evaluation.asking import ask, geometry_path, show_video
 from geode.modeling_geode.answers_geode import Answer
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
@@ -61,6 +62,7 @@ class GeodeLmms(lmms):
         max_batch_size: int | None = None,
     ):
         super().__init__()
+        process_state()  # the accelerator shares it
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         is_alone = self._world_size == 1
@@ -107,7 +109,8 @@ class GeodeLmms(lmms):
     def _geometry_of(self, video: Path) -> SceneGeometry | None:
         if not self.view["use_geometry"]:
             return None
-        path = video.parents[1] / self.geometry.format(scene=video.stem, stem=video.stem, parent=video.parent.name)
+        root = video.parents[1]
+        path = geometry_path(root, self.geometry, video.relative_to(root))
         if path.exists():
             return SceneGeometry.load(path)
         if self.model.config.reconstructor_config is None:

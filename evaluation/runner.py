@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from geode.evaluation.asking import ask, show_video
+from geode.data.processes import process_state
+from geode.evaluation.asking import ask, geometry_path, show_video
 from geode.evaluation.benchmark import Benchmark, Question
 from geode.modeling_geode.answers_geode import Answer, convert_from_si, format_number
 from geode.modeling_geode.scene_geode import SceneGeometry
@@ -87,12 +87,19 @@ class Evaluator:
         processor ([`GeodeProcessor`]): Its processor.
         benchmark ([`Benchmark`]): The questions.
         options ([`EvalOptions`], *optional*): How they are asked.
+
+    Raises:
+        ValueError: If geometry is to be exchanged, and there is one scene.
     """
 
     def __init__(self, model, processor, benchmark: Benchmark, options: EvalOptions | None = None):
         self.model, self.processor, self.benchmark = model, processor, benchmark
         self.options = options or EvalOptions()
         media = list(benchmark.scenes())
+        if self.options.control == "shuffled_geometry" and len(media) < 2:
+            raise ValueError(
+                f"`control='shuffled_geometry'` needs two scenes or more, and {benchmark.name} has one here."
+            )
         self._next = dict(zip(media, [*media[1:], *media[:1]], strict=True))
 
     def geometry_of(self, question: Question) -> SceneGeometry | None:
@@ -104,8 +111,7 @@ class Evaluator:
         """
         is_shuffled = self.options.control == "shuffled_geometry"
         medium = Path(self._next[question.record.media] if is_shuffled else question.record.media)
-        names = {"scene": medium.stem, "stem": medium.stem, "parent": medium.parent.as_posix()}
-        path = self.benchmark.media_root / self.options.geometry.format(**names)
+        path = geometry_path(self.benchmark.media_root, self.options.geometry, medium)
         if path.exists():
             return SceneGeometry.load(path)
         if self.model.config.reconstructor_config is None or is_shuffled:
@@ -177,9 +183,17 @@ class Evaluator:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read the whole lines of a file that may end in the middle of one."""
+    """Read the whole lines of a file that may end in the middle of one; a broken one before that is an error."""
     text = path.read_bytes() if path.is_file() else b""
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+    lines = []
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"Line {number} of {path} is no JSON: {error}. Remove it, and it is answered again."
+            ) from error
+    return lines
 
 
 def predict(evaluator: Evaluator, out: str | Path, *, run: dict, show_progress: bool = True) -> list[dict] | None:
@@ -198,10 +212,10 @@ def predict(evaluator: Evaluator, out: str | Path, *, run: dict, show_progress: 
     Raises:
         ValueError: If the folder holds another run.
     """
-    state, folder = PartialState(), Path(out)
+    state, folder = process_state(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if state.is_main_process:
-        _check_run(folder / RUN, run)
+        check_run(folder, run)
     state.wait_for_everyone()
     own = folder / f"predictions-{state.process_index}.jsonl"
     done = {line["id"]: line for path in sorted(folder.glob("predictions*.jsonl")) for line in read_lines(path)}
@@ -221,14 +235,25 @@ def predict(evaluator: Evaluator, out: str | Path, *, run: dict, show_progress: 
     return _merge(evaluator.benchmark, folder) if state.is_main_process else None
 
 
-def _check_run(path: Path, run: dict) -> None:
+def check_run(folder: Path, run: dict) -> None:
+    """
+    Keep what decides the results in a folder, and refuse to go on with those of another run.
+
+    Args:
+        folder (`Path`): Where the results are; `run.json` in it says of what.
+        run (`dict`): What decides them, in types of JSON.
+
+    Raises:
+        ValueError: If the folder holds another run; what differs is named.
+    """
+    path = folder / RUN
     if not path.is_file():
         path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     found = json.loads(path.read_text("utf-8"))
     different = sorted(name for name in found.keys() | run.keys() if found.get(name) != run.get(name))
     if different:
         pairs = "; ".join(f"{name}: {found.get(name)!r} there, {run.get(name)!r} now" for name in different)
-        raise ValueError(f"{path.parent} holds another run ({pairs}). Name another folder, or delete it.")
+        raise ValueError(f"{folder} holds another run ({pairs}). Ask for the same, or name another folder.")
 
 
 def _drop_broken_line(path: Path) -> None:
@@ -286,4 +311,13 @@ def run_facts(model, processor, benchmark: Benchmark, options: EvalOptions, *, m
     }
 
 
-__all__ = ["CONTROLS", "EvalOptions", "Evaluator", "predict", "read_lines", "run_facts", "scored_prediction"]
+__all__ = [
+    "CONTROLS",
+    "EvalOptions",
+    "Evaluator",
+    "check_run",
+    "predict",
+    "read_lines",
+    "run_facts",
+    "scored_prediction",
+]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `geode eval` does: ask a model a benchmark's questions, score the answers, and write a card."""
 
+import json
 import os
 from pathlib import Path
 
-from accelerate import PartialState
-
 from geode.commands import load_checkpoint
+from geode.data.processes import process_state
 from geode.evaluation.benchmark import load_benchmark
 from geode.evaluation.results import score_table, write_results
 from geode.evaluation.runner import EvalOptions, Evaluator, predict, run_facts
@@ -60,15 +60,20 @@ def evaluate_model(
         max_scenes=max_scenes,
     )
     checkpoint = load_checkpoint(model, revision)
-    network = checkpoint.model.to(PartialState().device).eval()
-    digest = getattr(network.config, "_commit_hash", None) or digest_of(network.state_dict(), {})
-    facts = run_facts(
-        network, checkpoint.processor, found, settings, model_name=str(model or "geode/tiny"), digest=digest
-    )
+    network = checkpoint.model.to(process_state().device).eval()
+    names = {"model_name": str(model or "geode/tiny"), "digest": model_revision(network)}
+    facts = run_facts(network, checkpoint.processor, found, settings, **names)
     evaluator = Evaluator(network, checkpoint.processor, found, settings)
     if predict(evaluator, out, run=facts) is None:
         return None
     return report(out, scorer=scorer)
+
+
+def model_revision(model) -> str:
+    """Return the commit of a model of the Hub, or a digest of its weights and its configuration."""
+    # Two models may have the same weights and, say, regress another state.
+    settings = {"config": json.loads(model.config.to_json_string())}
+    return getattr(model.config, "_commit_hash", None) or digest_of(model.state_dict(), settings)
 
 
 def report(out: str | os.PathLike, *, scorer: str = "official") -> dict:

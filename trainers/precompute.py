@@ -13,14 +13,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
@@ -37,6 +35,7 @@ from geode.data.feature_store import (
     shard_name,
     store_options,
 )
+from geode.data.processes import process_state
 from geode.data.readers.rows import iter_lines, parse_line
 from geode.data.schemas import media_path
 from geode.modeling_geode.collation_geode import CLOUD_INPUTS, collate_scenes
@@ -50,7 +49,6 @@ from geode.trainers.precompute_arguments import DTYPE_NAMES, SHARD_SIZE, add_arg
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".3gp")
 PLAN_SIZE = 256  # videos whose digests are written together
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
-LONGEST_WAIT = timedelta(days=30)  # one process may have much longer videos than the others
 
 
 class VideoItem(NamedTuple):
@@ -175,11 +173,6 @@ def _pairs_of_records(path: Path) -> Iterator[tuple[str, str | None]]:
 
 
 # ---- the work ----
-
-
-def process_state() -> PartialState:
-    """Which of the launched processes this is, and its device. The first call joins the others."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
 
 
 def precompute(

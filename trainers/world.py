@@ -48,6 +48,7 @@ from geode.data.mixtures import Mixture
 from geode.data.readers import read_records
 from geode.data.schemas import Record
 from geode.data.synthetic_rooms.dataset import SPLITS
+from geode.evaluation.runner import check_run
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.collator import GeodeDataCollator, exchanged_scenes
@@ -65,7 +66,7 @@ from geode.trainers.world_encoders import (
     read_scene_record,
     vision_accuracy,
 )
-from geode.trainers.world_language import pretrain_language_model
+from geode.trainers.world_language import language_gate, pretrain_language_model
 from geode.trainers.world_lookup import load_lookup_scene, lookup_accuracy, pretrain_rationale_module
 from geode.trainers.world_model import make_config, make_processor
 from geode.trainers.world_scores import answer_records, blind_scores, score_answers
@@ -253,7 +254,10 @@ def _train_language_model(world: World, model, processor) -> dict:
     loss = pretrain_language_model(
         model, processor.tokenizer, world.records, scenes=scenes, num_steps=steps, seed=world.seed
     )
-    return {"loss": loss}
+    held_out = {name: read_scene_record(world.rooms, name) for name in world.held_out_scenes}
+    asked = [record for record in world.questions("validation") if record.scene in held_out]
+    gate = language_gate(model.eval(), processor.tokenizer, asked, scenes=held_out, seed=world.seed)
+    return {"loss": loss, **gate}
 
 
 # The longest first.
@@ -511,27 +515,6 @@ RUNS: dict[str, Callable[[World], dict]] = {
     "scores": score,
     "checkpoint": write_checkpoint,
 }
-
-
-def check_run(folder: Path, run: dict) -> None:
-    """
-    Keep what is asked of a run, and refuse to go on with the results of another one.
-
-    Args:
-        folder (`Path`): Where the results are; `run.json` in it says of what.
-        run (`dict`): What decides them, such as seed and numbers of steps.
-
-    Raises:
-        ValueError: If the folder holds another run.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        path.write_text(json.dumps(run) + "\n", encoding="ascii")
-    found = json.loads(path.read_text("ascii"))
-    if found != run:
-        raise ValueError(
-            f"{folder} holds a run of {found}, and {run} is asked for. Ask for the same, or name another folder."
-        )
 
 
 def run_stages(world: World, stages: Sequence[str]) -> None:

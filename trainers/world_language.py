@@ -17,6 +17,7 @@ import torch
 
 from geode.data.schemas import Record
 from geode.modeling_geode.chat_geode import TURN_END_TOKEN, TURN_START_TOKEN
+from geode.trainers.packing import IGNORED_LABEL
 from geode.trainers.world_encoders import fit
 
 
@@ -129,6 +130,58 @@ def pretrain_language_model(
     return fit([language_model], losses(), num_steps=num_steps, learning_rate=learning_rate)
 
 
+@torch.no_grad()
+def language_gate(
+    model,
+    tokenizer,
+    records: Sequence[Record],
+    *,
+    scenes: Mapping[str, dict],
+    num_records: int = 100,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    Measure whether the language model looks things up: the shuffled-scene gate in words.
+
+    What it cannot look up in a list it cannot look up in rationale tokens, so without this gate stage 1 has nothing to learn.
+
+    Args:
+        model ([`GeodeForConditionalGeneration`]): The model.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        records (`Sequence[Record]`): Questions that it was not trained on, with rationales, about two scenes or more.
+        scenes (`Mapping[str, dict]`): Records of their scenes, by name.
+        num_records (`int`, defaults to 100): Questions that are drawn.
+        seed (`int`, defaults to 0): Decides questions and lists.
+
+    Returns:
+        `dict[str, float]`: Nats per token of the rationales, a mean over them: `listed` after things of their own scene,
+        `other_listed` after those of another one, `unlisted` after none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = sorted(scenes)
+    following = dict(zip(names, [*names[1:], names[0]], strict=True))
+    explained = [record for record in records if record.rationale]
+    drawn = torch.randperm(len(explained), generator=generator)[:num_records].tolist()
+    sums = dict.fromkeys(("listed", "other_listed", "unlisted"), 0.0)
+    for record in (explained[index] for index in drawn):
+        shown = {
+            "listed": draw_objects(record, scenes[record.scene], generator),
+            "other_listed": draw_objects(record, scenes[following[record.scene]], generator),
+            "unlisted": (),
+        }
+        for name, objects in shown.items():
+            sums[name] += _rationale_loss(model, tokenizer, text_of(record, objects)) / len(drawn)
+    return sums
+
+
+def _rationale_loss(model, tokenizer, text: str) -> float:
+    head, turn, _ = text.rpartition(f"{TURN_START_TOKEN}assistant\n")
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    labels = ids.clone()
+    labels[:, : len(tokenizer(head + turn)["input_ids"])] = IGNORED_LABEL
+    return float(model(input_ids=ids, labels=labels, return_regression_values=False).ce_loss)
+
+
 def _rows(tokenizer, records, scenes, length: int, generator: torch.Generator):
     buffer: list[int] = []
     while True:
@@ -142,4 +195,4 @@ def _rows(tokenizer, records, scenes, length: int, generator: torch.Generator):
                 buffer = buffer[length:]
 
 
-__all__ = ["draw_objects", "inventory", "pretrain_language_model", "text_of"]
+__all__ = ["draw_objects", "inventory", "language_gate", "pretrain_language_model", "text_of"]

@@ -16,7 +16,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import datasets
 import evaluate
@@ -181,24 +181,29 @@ def guarded_score(question_type: str, prediction: str | None, ground_truth: str,
     return 0.0 if prediction is None else score(question_type, prediction, ground_truth, scorer)
 
 
+def has_whole_directions(question_types: Iterable[str]) -> bool:
+    """Tell whether the official scorer gives a score: there is no easy direction, or there are all three types."""
+    found = set(question_types).intersection(DIRECTION_TYPES)
+    return DIRECTION_TYPES[0] not in found or len(found) == len(DIRECTION_TYPES)
+
+
 def _tasks_of_types(means: dict[str, float | np.ndarray]) -> dict[str, float | np.ndarray]:
-    """Put the types of direction into one task, as the official scorer does: where the easy one is there."""
+    """Put the types of direction into one task, as the official scorer does, if all three are there."""
     tasks = dict(means)
-    if DIRECTION_TYPES[0] in tasks:
-        missing = [name for name in DIRECTION_TYPES if name not in tasks]
-        if missing:
-            raise KeyError(f"The three types of direction are one task, and there are no questions of {missing}.")
+    if all(name in tasks for name in DIRECTION_TYPES):
         tasks[DIRECTION] = sum(tasks.pop(name) for name in DIRECTION_TYPES) / len(DIRECTION_TYPES)
     return tasks
 
 
-def aggregate(question_types: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
+def aggregate(question_types: Sequence[str], scores: Sequence[float], *, is_strict: bool = True) -> dict[str, float]:
     """
     Put the scores of samples together by the official rule.
 
     Args:
         question_types (`Sequence[str]`): Type of each sample.
         scores (`Sequence[float]`): Its score, from 0 to 1.
+        is_strict (`bool`, defaults to `True`): Raise where the original raises. Otherwise types of direction that are not all there
+            stay apart, each a task.
 
     Returns:
         `dict[str, float]`: In percent, an entry for each task that has samples, and `overall`: the mean over the tasks. Types of
@@ -213,6 +218,9 @@ def aggregate(question_types: Sequence[str], scores: Sequence[float]) -> dict[st
         groups[name].append(value)
     if not groups:
         raise ValueError("There must be at least one sample to aggregate, got none.")
+    if is_strict and not has_whole_directions(groups):
+        missing = [name for name in DIRECTION_TYPES if name not in groups]
+        raise KeyError(f"The three types of direction are one task, and there are no questions of {missing}.")
     tasks = _tasks_of_types({name: 100.0 * math.fsum(values) / len(values) for name, values in groups.items()})
     return {**tasks, "overall": math.fsum(tasks.values()) / len(tasks)}
 
@@ -266,13 +274,14 @@ def summarise(question_types: Sequence[str], scores: Sequence[float], scenes: Se
         scenes (`Sequence[str]`, *optional*): Its scene, for intervals.
 
     Returns:
-        `dict`: `tasks` (see [`aggregate`]), `micro` (the mean over questions, in percent), `types` with the mean of each type, `n`
+        `dict`: `tasks` (see [`aggregate`], not strict), `is_official` (whether the official scorer gives a score), `micro` (the mean over questions, in percent), `types` with the mean of each type, `n`
         with the number of its questions, and with scenes `intervals` (see [`bootstrap`]).
     """
     values = np.asarray(scores, dtype=np.float64)
     kinds = np.asarray(question_types)
     found = {
-        "tasks": aggregate(question_types, scores),
+        "tasks": aggregate(question_types, scores, is_strict=False),
+        "is_official": has_whole_directions(question_types),
         "micro": 100.0 * float(values.mean()),
         "types": {str(name): 100.0 * float(values[kinds == name].mean()) for name in np.unique(kinds)},
         "n": {str(name): int((kinds == name).sum()) for name in np.unique(kinds)},
@@ -337,6 +346,7 @@ __all__ = [
     "first_number",
     "first_word",
     "guarded_score",
+    "has_whole_directions",
     "mean_relative_accuracy",
     "score",
     "summarise",

@@ -100,7 +100,11 @@ def test_overrides_change_what_their_names_say(checkpoint):
     assert loaded("state before the token").drh.hidden_position == "previous"
     assert loaded("L1").drh.loss_name == "l1"
     assert loaded("rationale tokens alone").model.feature_injection is None
-    assert loaded("value feedback").drh.feedback is not None
+    assert loaded("GEODE").drh.feedback is None
+    assert {name.split(".")[0] for name, _ in loaded("value feedback").drh.feedback.named_parameters()} == {
+        "REG",
+        "3DBBOX",
+    }
     codec = loaded("log").config.control_tokens["<REG>"]["codec"]
     logs = [math.log(record.value_si) for record in world.records if record.value_si is not None]
     assert codec["transform"] == "log"

@@ -140,7 +140,7 @@ def test_clear_floor_is_farther_than_the_gap_from_every_box():
     """Bounds decide most cases, and must decide them as the exact distance does."""
     rng, decisions = np.random.default_rng(0), []
     for _ in range(400):
-        center, size = rng.uniform((-3, -3, 0), (3, 3, 2.2), size=(5, 3)), np.exp(rng.uniform(-2.5, 0.7, size=(5, 3)))
+        center, size = rng.uniform((-3, -3, 0), (3, 3, 5), size=(5, 3)), np.exp(rng.uniform(-2.5, 0.7, size=(5, 3)))
         boxes = np.concatenate([center, size, rng.uniform(-1.6, 1.6, size=(5, 1))], axis=1)
         area = np.array([*rng.uniform(-2, 2, size=2), 1.0, *rng.uniform(0.2, 2.0, size=2), 2.0, 0.0])
         decisions.append((_keeps_clear(area, boxes), min(box_distance(area, box) for box in boxes) > WALK_GAP_M))

@@ -3,23 +3,20 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 from geode.commands import load_checkpoint
-from geode.evaluating import evaluate_model
+from geode.evaluating import evaluate_model, model_revision
 from geode.evaluation.benchmark import load_benchmark
-from geode.evaluation.results import chance_scores, score_lines, score_table, write_results
+from geode.evaluation.results import chance_scores, score_lines, score_table, write_card, write_results
 from geode.evaluation.runner import EvalOptions, Evaluator, predict, read_lines, scored_prediction
 from geode.modeling_geode.answers_geode import Answer, Measurement
 from geode.modeling_geode.scene_geode import SceneGeometry
 from tests.evaluation.common_benchmark import NUM_SCENES, QUESTIONS, make_benchmark, make_rows
+from tests.trainers.common_launch import run_processes, start_processes
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +80,28 @@ def test_bad_benchmarks_are_named(folder, tmp_path):
         load_benchmark(folder, split="validation")
     with pytest.raises(ValueError, match="got 'half'"):
         load_benchmark(folder, subset="half")
+    with pytest.raises(ValueError, match="`max_scenes` must be at least 1, got 0"):
+        load_benchmark(folder, max_scenes=0)
     row = {**make_rows()[0], "question_type": "object_colour"}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"Row 0 of .*object_colour"):
         load_benchmark(tmp_path)
+
+
+def test_two_questions_of_one_id_are_refused(tmp_path):
+    """One of them would have got the answer of the other."""
+    rows = [make_rows()[0], {**make_rows()[1], "id": 0}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match="'VSI-Bench:0' more than once"):
+        load_benchmark(tmp_path)
+
+
+def test_release_without_the_column_pruned_is_read(tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "pruned"} for row in make_rows()]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert len(load_benchmark(tmp_path).questions) == len(rows)
+    with pytest.raises(ValueError, match="needs a column `pruned`"):
+        load_benchmark(tmp_path, subset="debiased")
 
 
 # ---- what is scored ----
@@ -149,6 +164,10 @@ def test_missing_geometry_and_videos_are_named(checkpoint, benchmark, tmp_path):
     moved = dataclasses.replace(benchmark, media_root=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no video .*room_0.mp4"):
         Evaluator(*checkpoint, moved).answer_scene(scene)
+    with pytest.raises(ValueError, match=r"no other names in braces .*'geometry/\{room\}'"):
+        Evaluator(*checkpoint, benchmark, EvalOptions(geometry="geometry/{room}")).answer_scene(scene)
+    with pytest.raises(ValueError, match="needs two scenes or more"):
+        Evaluator(*checkpoint, load_benchmark(benchmark.name, max_scenes=1), EvalOptions(control="shuffled_geometry"))
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
         EvalOptions(batch_size=0)
     with pytest.raises(ValueError, match="got 'deaf'"):
@@ -196,40 +215,42 @@ def test_finished_run_asks_nothing_again(finished, folder, checkpoint, benchmark
         predict(Evaluator(*checkpoint, benchmark), finished, run=run)
 
 
-def launch(folder, out, *, num_processes: int) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    command += ["--num_processes", str(num_processes), "--dynamo_backend", "no", "-m", "geode.cli", "eval"]
-    command += ["--benchmark", str(folder), "--out", str(out), "--batch-size", "3"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def test_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "predictions-0.jsonl"
+    path.write_text('{"id": "a"}\n{"id": \n{"id": "c"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"Line 2 of .*predictions-0.jsonl is no JSON"):
+        read_lines(path)
+
+
+def test_revision_tells_models_apart_that_have_the_same_weights():
+    model = load_checkpoint().model
+    before = model_revision(model)
+    assert model_revision(load_checkpoint().model) == before
+    model.config.drh_config.hidden_position = "previous"
+    assert model_revision(model) != before
 
 
 def test_two_processes_that_are_killed_give_what_one_gives(finished, folder, tmp_path):
-    process = launch(folder, tmp_path, num_processes=2)
+    out, arguments = tmp_path / "out", ("eval", "--benchmark", folder, "--batch-size", 3, "--out", tmp_path / "out")
+    started = start_processes("geode.cli", *arguments, folder=tmp_path)
     deadline = time.monotonic() + 240
-    while not any(path.stat().st_size for path in tmp_path.glob("predictions-*.jsonl")):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    again = launch(folder, tmp_path, num_processes=2)
-    text, _ = again.communicate(timeout=240)
-    assert again.returncode == 0, text
-    assert text.count("| **overall** |") == 1
-    assert without_time(tmp_path / "predictions.jsonl") == without_time(finished / "predictions.jsonl")
-    scores = [json.loads((path / "scores.json").read_text("utf-8")) for path in (tmp_path, finished)]
+    # A file for each, opened before a question is answered: otherwise there is one process, and nothing to compare.
+    parts = [out / f"predictions-{rank}.jsonl" for rank in range(2)]
+    try:
+        while not (all(path.exists() for path in parts) and any(path.stat().st_size for path in parts)):
+            assert [process.poll() for process in started] == [None, None]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert not (out / "predictions.jsonl").exists()
+    run_processes("geode.cli", *arguments, folder=tmp_path)
+    printed = "".join((tmp_path / f"rank_{rank}.log").read_text("utf-8") for rank in range(2))
+    assert printed.count("| **overall** |") == 1
+    assert without_time(out / "predictions.jsonl") == without_time(finished / "predictions.jsonl")
+    scores = [json.loads((path / "scores.json").read_text("utf-8")) for path in (out, finished)]
     assert scores[0]["tasks"] == scores[1]["tasks"]
     assert scores[0]["intervals"] == scores[1]["intervals"]
 
@@ -262,6 +283,57 @@ def test_chance_is_the_most_frequent_answer_and_one_of_the_options():
     # "2" is right twice; for 4 its error is 50 percent, which one of ten tolerances keeps.
     assert chance["frequency"]["object_counting"] == pytest.approx(100 * 2.1 / 3)
     assert chance["random"] == {"route_planning": pytest.approx(100 / 3)}
+
+
+def test_questions_without_all_directions_are_scored_and_the_card_says_so(tmp_path, finished):
+    """The official scorer raises there, after the hours in which the questions were answered."""
+    lines = [line_of("object_rel_direction_easy", "A", truth, scene, num_options=2) for truth, scene in ("Aa", "Bb")]
+    scores = score_lines(lines)
+    assert scores["tasks"] == {"object_rel_direction_easy": 50.0, "overall": 50.0}
+    assert scores["is_official"] is False
+    run = json.loads((finished / "run.json").read_text("utf-8"))
+    assert "gives no score for such a set" in write_card(run, scores, {})
+    whole = json.loads((finished / "scores.json").read_text("utf-8"))
+    assert whole["is_official"] is True
+    assert "gives no score for such a set" not in write_card(run, whole, {})
+
+
+def test_control_is_no_result_for_the_hub(tmp_path, finished):
+    run = json.loads((finished / "run.json").read_text("utf-8"))
+    run |= {"is_on_hub": True, "benchmark": "nyu-visionx/VSI-Bench", "control": "shuffled_geometry"}
+    (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    (tmp_path / "predictions.jsonl").write_bytes((finished / "predictions.jsonl").read_bytes())
+    write_results(tmp_path)
+    assert not (tmp_path / ".eval_results").exists()
+    assert "with the geometry of the next scene" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def test_task_is_above_guessing_where_its_whole_interval_is():
+    scores = {
+        "tasks": {"object_counting": 50.0, "route_planning": 50.0, "overall": 50.0},
+        "intervals": {"object_counting": (41.0, 60.0), "route_planning": (39.0, 60.0), "overall": (45.0, 55.0)},
+        "chance": {
+            "frequency": {"object_counting": 40.0, "route_planning": 30.0, "overall": 35.0},
+            "random": {"route_planning": 40.0},
+        },
+        "n": {"object_counting": 7, "route_planning": 5},
+    }
+    _, _, *rows = score_table(scores).splitlines()
+    assert rows == [
+        "| object_counting | 7 | 50.0 | 41.0 to 60.0 | 40.0 |  | yes |",
+        "| route_planning | 5 | 50.0 | 39.0 to 60.0 | 30.0 | 40.0 | no |",
+        "| **overall** | 12 | 50.0 | 45.0 to 55.0 | 35.0 |  | yes |",
+    ]
+
+
+def test_prediction_is_scored_and_not_the_text_around_it():
+    line = {**line_of("object_counting", "3", "3"), "text": "I count 3 of them."}
+    assert score_lines([line])["tasks"]["overall"] == 100.0
+
+
+def test_truth_that_is_no_measure_scores_nothing_and_stops_nothing():
+    lines = [line_of("object_counting", "3", truth) for truth in ("0", "3")]
+    assert score_lines(lines)["tasks"]["object_counting"] == 50.0
 
 
 def test_scoring_again_needs_predictions_alone_and_names_the_scorer(tmp_path, finished):

@@ -34,22 +34,21 @@ def environment(**changes) -> dict[str, str]:
     }
 
 
-def run_processes(
-    module: str, *arguments, folder: Path, num_processes: int = 2, timeout: float = 240, **changes
-) -> None:
+def start_processes(
+    module: str, *arguments, folder: Path, num_processes: int = 2, **changes
+) -> list[subprocess.Popen]:
     """
-    Run a module in processes that find each other by the environment, as `torchrun` starts them.
+    Start a module in processes that find each other by the environment, as `torchrun` starts them.
 
     Args:
         module (`str`): Such as `"tests.trainers.run_invariant"`.
         *arguments: Of its command line.
-        folder (`Path`): Where the processes' output goes.
+        folder (`Path`): Where the processes' output goes, as `rank_0.log` and so on.
         num_processes (`int`): How many.
-        timeout (`float`): Seconds after which they count as hanging.
         **changes: Environment variables.
 
-    Raises:
-        AssertionError: If one fails, or hangs. All are ended.
+    Returns:
+        `list[subprocess.Popen]`: The processes, by rank.
     """
     port = str(free_port())
     command = [sys.executable, "-m", module, *map(str, arguments)]
@@ -61,6 +60,27 @@ def run_processes(
             started.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment(**places, **changes), stdout=log, stderr=log)
             )
+    return started
+
+
+def run_processes(
+    module: str, *arguments, folder: Path, num_processes: int = 2, timeout: float = 240, **changes
+) -> None:
+    """
+    Run a module in processes, see [`start_processes`], to their end.
+
+    Args:
+        module (`str`): The module.
+        *arguments: Of its command line.
+        folder (`Path`): Where the processes' output goes.
+        num_processes (`int`): How many.
+        timeout (`float`): Seconds after which they count as hanging.
+        **changes: Environment variables.
+
+    Raises:
+        AssertionError: If one fails, or hangs. All are ended.
+    """
+    started = start_processes(module, *arguments, folder=folder, num_processes=num_processes, **changes)
     try:
         _wait_for_all(started, time.monotonic() + timeout, folder)
     finally:

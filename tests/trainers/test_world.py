@@ -2,6 +2,7 @@
 """The run on the embedded world: its stages come in order, once, and go on after an interruption."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,22 @@ import yaml
 from safetensors.torch import load_file
 
 from geode.data.mixtures import Mixture
+from geode.data.schemas import Record
 from geode.data.synthetic_rooms.dataset import build_dataset
 from geode.data.synthetic_rooms.questions import QUESTION_TYPES
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers import world as module
-from geode.trainers.world import CURRICULUM, STAGES, STEPS, World, find_checkpoint, recipe_of, run_stages
+from geode.trainers.world import (
+    CURRICULUM,
+    STAGES,
+    STEPS,
+    World,
+    curriculum_trainer,
+    find_checkpoint,
+    recipe_of,
+    run_stages,
+)
 from geode.trainers.world_card import build_world_card
 
 
@@ -55,9 +66,38 @@ def test_run_of_other_steps_or_seed_is_refused(world):
     """Its card would say what was not done."""
     run_stages(world, [])
     run_stages(replace(world), [])
-    for other in (replace(world, scale=1.0), replace(world, seed=1)):
-        with pytest.raises(ValueError, match=r"out holds a run of \{'seed': 0, .* is asked for"):
+    for other, what in (
+        (replace(world, scale=1.0), r"steps: \{"),
+        (replace(world, seed=1), r"seed: 0 there, 1 now\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"out holds another run \({what}.* Ask for the same"):
             run_stages(other, [])
+
+
+def test_curriculum_asks_rare_questions_as_often_as_it_says(world, monkeypatch):
+    def record(question_type: str, scene: str) -> Record:
+        plain = {
+            "source": "rooms",
+            "media_type": "video",
+            "media": f"rooms/{scene}.mp4",
+            "prompt": "?",
+            "kind": "text",
+        }
+        return Record(uid=question_type, question_type=question_type, scene=scene, answer_text="", **plain)
+
+    world.records = [record(name, world.train_scenes[0]) for name in QUESTION_TYPES]
+    held_out, other = world.held_out_scenes[0], "room_000009"
+    asked = [record(name, scene) for name in QUESTION_TYPES for scene in (held_out, other)]
+    monkeypatch.setattr(World, "questions", lambda *_: asked)
+    for stage, times in CURRICULUM.items():
+        found = curriculum_trainer(
+            world, stage, None, None, output_dir=world.out / stage, trainer_class=lambda *args, **options: options
+        )
+        counts = Counter(record.question_type for record in found["train_dataset"])
+        assert counts == Counter(times)
+        # An evaluation asks each once, of held-out rooms alone.
+        assert {record.scene for record in found["eval_dataset"]} == {held_out}
+        assert Counter(record.question_type for record in found["eval_dataset"]) == Counter(dict.fromkeys(times, 1))
 
 
 def test_curriculum_has_the_rationale_module_of_stage_1(world, monkeypatch):

@@ -3,13 +3,14 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 from geode.data.schemas import Record, benchmark_prompt
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
-from geode.trainers.world_language import NUM_OTHERS, draw_objects, pretrain_language_model, text_of
+from geode.trainers.world_language import NUM_OTHERS, draw_objects, language_gate, pretrain_language_model, text_of
 from geode.trainers.world_model import frequent_phrases, make_config, make_processor
 
 
@@ -110,5 +111,30 @@ def test_what_is_listed_is_what_is_named_and_a_few_things_more():
         ids = [entry["id"] for entry in objects]
         assert {0, 1, 2} < set(ids)
         assert len(ids) == len(set(ids)) == 3 + NUM_OTHERS
+    # What is asked about is not told by its place.
+    assert len({objects[0]["id"] in (0, 1, 2) for objects in found}) == 2
     assert len({tuple(entry["id"] for entry in objects) for objects in found}) > 3
     assert draw_objects(record, SCENE, torch.Generator()) == SCENE["objects"]
+
+
+def test_language_gate_is_the_loss_of_rationales_after_lists(records):
+    """A model that copies from the list tells its own room from another one; one at random does not."""
+    processor = make_processor(records, NAMES)
+    torch.manual_seed(0)
+    model = GeodeForConditionalGeneration(make_config(processor)).eval()
+    far = {"objects": [{**SCENE["objects"][0], "box": [3.0, -3.0, 1.25, 0.5, 0.5, 0.5, 0.0]}]}
+    asked = [replace(record, scene="ab"[number % 2]) for number, record in enumerate(records)]
+    options = {"scenes": {"a": SCENE, "b": far}, "num_records": 4}
+    found = language_gate(model, processor.tokenizer, asked, **options)
+    assert found == language_gate(model, processor.tokenizer, asked, **options)
+    assert set(found) == {"listed", "other_listed", "unlisted"}
+    assert len(set(found.values())) == 3
+    # By hand, for one record without a list: the mean over the tokens of its rationale and of its end.
+    record = next(record for record in asked if record.rationale)
+    ids = processor.tokenizer(text_of(record))["input_ids"]
+    length = len(processor.tokenizer(f"{record.rationale}<|im_end|>\n")["input_ids"])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(dim=-1)
+    losses = -logits.gather(1, torch.tensor(ids[1:])[:, None])[-length:]
+    alone = language_gate(model, processor.tokenizer, [record, record], **options)
+    assert alone["unlisted"] == pytest.approx(losses.mean().item(), rel=1e-4)
