@@ -19,6 +19,7 @@ from geode.evaluation.runner import PREDICTIONS, RUN, read_lines
 from geode.evaluation.vsi_bench.vsi_bench import SCORERS, TASKS, aggregate, guarded_score, summarise
 
 
+MIN_SCENES = 10
 SCORES, CARD_FILE = "scores.json", "README.md"
 CONTROL_NAMES = {
     "none": "frames and geometry",
@@ -90,7 +91,7 @@ def score_lines(lines: Sequence[dict], scorer: str = "official") -> dict:
         scorer (`str`, defaults to `"official"`): `"official"` or `"lmms_eval"`.
 
     Returns:
-        `dict`: What `summarise` gives, `chance` (see [`chance_scores`]), `seconds` a question, `num_without_value` (numbers whose
+        `dict`: What `summarise` gives, `num_scenes`, `chance` (see [`chance_scores`]), `seconds` a question, `num_without_value` (numbers whose
         answer held no regressed value) and the `scorer`.
     """
     types = [line["question_type"] for line in lines]
@@ -99,6 +100,7 @@ def score_lines(lines: Sequence[dict], scorer: str = "official") -> dict:
     return {
         "scorer": scorer,
         **summarise(types, scores, [line["scene"] for line in lines]),
+        "num_scenes": len({line["scene"] for line in lines}),
         "chance": chance_scores(lines, scorer),
         "seconds": math.fsum(line["seconds"] for line in lines) / len(lines),
         "num_without_value": sum(not line["values"] for line in numbers),
@@ -113,7 +115,8 @@ def score_table(scores: dict) -> str:
         scores (`dict`): See [`score_lines`].
 
     Returns:
-        `str`: The table; a task is above guessing where its interval is above both.
+        `str`: The table; a task is above guessing where its interval is above both. Of fewer than ten scenes nothing is said, since
+        a bootstrap over them is too narrow.
     """
     lines = [
         "| Task | Questions | Score | 95 % interval | Most frequent | At random | Above guessing |",
@@ -129,7 +132,7 @@ def score_table(scores: dict) -> str:
         name = f"**{task}**" if task == "overall" else task
         lines.append(
             f"| {name} | {count} | {tasks[task]:.1f} | {low:.1f} to {high:.1f} | {' | '.join(cells)} | "
-            f"{'yes' if is_above else 'no'} |"
+            f"{'too few scenes' if scores['num_scenes'] < MIN_SCENES else 'yes' if is_above else 'no'} |"
         )
     return "\n".join(lines)
 

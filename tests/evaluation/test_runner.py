@@ -317,6 +317,7 @@ def test_task_is_above_guessing_where_its_whole_interval_is():
             "random": {"route_planning": 40.0},
         },
         "n": {"object_counting": 7, "route_planning": 5},
+        "num_scenes": 10,
     }
     _, _, *rows = score_table(scores).splitlines()
     assert rows == [
@@ -324,6 +325,12 @@ def test_task_is_above_guessing_where_its_whole_interval_is():
         "| route_planning | 5 | 50.0 | 39.0 to 60.0 | 30.0 | 40.0 | no |",
         "| **overall** | 12 | 50.0 | 45.0 to 55.0 | 35.0 |  | yes |",
     ]
+
+
+def test_nothing_is_said_of_a_few_scenes():
+    """Two scenes that agree have an interval of no width."""
+    rows = score_table(score_lines([line_of("object_counting", "3", "3", scene) for scene in "ab"])).splitlines()
+    assert rows[2] == "| object_counting | 2 | 100.0 | 100.0 to 100.0 | 100.0 |  | too few scenes |"
 
 
 def test_prediction_is_scored_and_not_the_text_around_it():
