@@ -319,6 +319,11 @@ class GeodeDrhConfig(_CheckedConfig):
         loss_weight (`float`, defaults to 1): The weight lambda of Eq. 7.
         value_feedback (`bool`, defaults to `False`): A value's embedding is added to the next input embedding, so that
             later text can agree with it.
+        uncertainty (`bool`, defaults to `False`): Each number and vector comes with an interval. A layer on the MLP's last
+            hidden state, through which no gradient flows back, gives the spread of a Gaussian in the codec's space.
+        interval_coverage (`float`, defaults to 0.9): How often an interval shall hold the true value.
+        interval_scales (`dict[str, float]`, defaults to `{}`): Factor of the intervals of a control token, which
+            `geode calibrate` measures on scenes that were not trained on. Without one they are the Gaussian's own.
     """
 
     model_type = "geode_drh"
@@ -331,12 +336,24 @@ class GeodeDrhConfig(_CheckedConfig):
     huber_delta: float | int = 1.0
     loss_weight: float | int = 1.0
     value_feedback: bool = False
+    uncertainty: bool = False
+    interval_coverage: float = 0.9
+    interval_scales: dict = field(default_factory=dict)
 
     def validate_options(self):
         """Options take the values that exist."""
         _check_choice(self, "hidden_position", HIDDEN_POSITIONS)
         _check_choice(self, "loss", REGRESSION_LOSSES)
         _check_positive(self, "huber_delta")
+        if not 0.0 < self.interval_coverage < 1.0:
+            raise ValueError(
+                f"`GeodeDrhConfig.interval_coverage` must lie between 0 and 1, got {self.interval_coverage}."
+            )
+        for token, scale in self.interval_scales.items():
+            if not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+                raise ValueError(
+                    f"`GeodeDrhConfig.interval_scales` must hold positive numbers, got {scale!r} for {token}."
+                )
         if not (math.isfinite(self.loss_weight) and self.loss_weight >= 0):
             raise ValueError(f"`GeodeDrhConfig.loss_weight` must not be negative, got {self.loss_weight}.")
 
@@ -495,6 +512,11 @@ class GeodeConfig(_CheckedConfig):
         for token, entry in self.control_tokens.items():
             _check_control_token(token, entry)
             ids.append(entry["token_id"])
+        unknown = self.drh_config.interval_scales.keys() - self.control_tokens.keys()
+        if unknown:
+            raise ValueError(
+                f"`drh_config.interval_scales` names {sorted(unknown)}, and `control_tokens` has {sorted(self.control_tokens)}."
+            )
         if len(set(ids)) != len(ids):
             raise ValueError(f"Placeholders and control tokens need distinct ids, got {ids}.")
 

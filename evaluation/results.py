@@ -15,6 +15,7 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from geode import __version__
 from geode.data.schemas import CHOICE_POST_PROMPT, NUMBER_POST_PROMPT, PRE_PROMPT
+from geode.evaluation.calibration import interval_report, interval_table
 from geode.evaluation.runner import PREDICTIONS, RUN, read_lines
 from geode.evaluation.vsi_bench.vsi_bench import SCORERS, TASKS, aggregate, guarded_score, summarise
 
@@ -30,12 +31,17 @@ CONTROL_NAMES = {
 INCOMPLETE = """
 Not all three types of direction are there, so they stand apart: the official scorer gives no score for such a set of questions.
 """
+VALUES = """
+{table}
+
+Intervals of values are the model's own, calibrated or not; those of scores, in the first table, are another thing.
+"""
 CARD = """# {model} on {benchmark}
 
 Shown: {shown}. {questions} questions about {scenes} scenes.
 
 {table}
-{notice}
+{notice}{values}
 Percent: accuracy of choices, mean relative accuracy of numbers; overall is the mean over the tasks that are there. Intervals: 95 %, by
 a bootstrap over scenes. "Most frequent" gives the most frequent answer of this benchmark to every question of a type, "at random" picks
 one of the options. Mean over questions: {micro:.1f}. {seconds:.2f} s a question, encoding included.
@@ -92,7 +98,7 @@ def score_lines(lines: Sequence[dict], scorer: str = "official") -> dict:
 
     Returns:
         `dict`: What `summarise` gives, `num_scenes`, `chance` (see [`chance_scores`]), `seconds` a question, `num_without_value` (numbers whose
-        answer held no regressed value) and the `scorer`.
+        answer held no regressed value), `value_intervals` (see [`interval_report`]) and the `scorer`.
     """
     types = [line["question_type"] for line in lines]
     scores = [guarded_score(line["question_type"], line["prediction"], line["ground_truth"], scorer) for line in lines]
@@ -103,6 +109,7 @@ def score_lines(lines: Sequence[dict], scorer: str = "official") -> dict:
         "num_scenes": len({line["scene"] for line in lines}),
         "chance": chance_scores(lines, scorer),
         "seconds": math.fsum(line["seconds"] for line in lines) / len(lines),
+        "value_intervals": interval_report(lines, scorer),
         "num_without_value": sum(not line["values"] for line in numbers),
     }
 
@@ -193,6 +200,9 @@ def write_card(run: dict, scores: dict, made: dict) -> str:
     """Return the text of the card; see [`write_results`]."""
     facts = {name.replace("_", " "): value for name, value in {**run, **made}.items() if value is not None}
     facts["numbers without a regressed value"] = scores["num_without_value"]
+    values = ""
+    if scores["value_intervals"] is not None:
+        values = VALUES.format(table=interval_table(scores["value_intervals"], run["interval_coverage"]))
     return CARD.format(
         model=run["model"],
         benchmark=run["benchmark"],
@@ -200,6 +210,7 @@ def write_card(run: dict, scores: dict, made: dict) -> str:
         questions=run["questions"],
         scenes=run["scenes"],
         table=score_table(scores),
+        values=values,
         notice="" if scores["is_official"] else INCOMPLETE,
         micro=scores["micro"],
         seconds=scores["seconds"],

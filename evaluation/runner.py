@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from geode.data.processes import process_state
 from geode.evaluation.asking import ask, geometry_path, show_video
 from geode.evaluation.benchmark import Benchmark, Question
-from geode.modeling_geode.answers_geode import Answer, convert_from_si, format_number
+from geode.modeling_geode.answers_geode import Answer, Measurement, convert_from_si, format_number, interval_in
 from geode.modeling_geode.scene_geode import SceneGeometry
 
 
@@ -71,11 +71,32 @@ def scored_prediction(answer: Answer, question: Question) -> str:
     Returns:
         `str`: For a number a plain decimal without its unit; a count is whole.
     """
-    record = question.record
-    found = [value.si_value for value in answer.values if isinstance(value.si_value, float)]
-    if record.kind != "number" or not found:
+    record, found = question.record, _scored_value(answer, question)
+    if found is None:
         return answer.text.strip()
-    return format_number(convert_from_si(found[0], record.unit), record.unit)
+    return format_number(convert_from_si(found.si_value, record.unit), record.unit)
+
+
+def scored_interval(answer: Answer, question: Question) -> tuple[float, float] | None:
+    """
+    Return the interval of what is scored.
+
+    Args:
+        answer ([`Answer`]): The model's answer.
+        question ([`Question`]): The question.
+
+    Returns:
+        `tuple[float, float]`, *optional*: In the unit that is asked for. None without a regressed number or an interval of it.
+    """
+    found, unit = _scored_value(answer, question), question.record.unit
+    if found is None or found.si_interval is None:
+        return None
+    return interval_in(unit, convert_from_si(found.si_value, unit), *found.si_interval)
+
+
+def _scored_value(answer: Answer, question: Question) -> Measurement | None:
+    scalars = [value for value in answer.values if value.kind == "scalar"]
+    return scalars[0] if scalars and question.record.kind == "number" else None
 
 
 class Evaluator:
@@ -147,7 +168,7 @@ class Evaluator:
                 **self._view(),
             )
             seconds = encoding_s / len(questions) + (time.perf_counter() - start) / len(batch)
-            lines += [self._line(*pair, seconds) for pair in zip(batch, answers, strict=True)]
+            lines += [prediction_line(*pair, seconds) for pair in zip(batch, answers, strict=True)]
         return lines
 
     def _shown(self, question: Question) -> tuple[list[dict], object]:
@@ -167,19 +188,32 @@ class Evaluator:
         use_geometry = self.options.control not in ("blind", "no_geometry")
         return {"use_geometry": use_geometry, "num_frames": self.options.num_frames}
 
-    @staticmethod
-    def _line(question: Question, answer: Answer, seconds: float) -> dict:
-        record = question.record
-        return {
-            "id": record.uid,
-            "scene": record.media,
-            "question_type": record.question_type,
-            "prediction": scored_prediction(answer, question),
-            "ground_truth": question.ground_truth,
-            "num_options": question.num_options,
-            **answer.to_dict(),
-            "seconds": round(seconds, 4),
-        }
+
+def prediction_line(question: Question, answer: Answer, seconds: float) -> dict:
+    """
+    Return what is kept of an answer: a line of the predictions.
+
+    Args:
+        question ([`Question`]): The question.
+        answer ([`Answer`]): The model's answer.
+        seconds (`float`): How long it took.
+
+    Returns:
+        `dict`: Plain types. `prediction`, `interval` and `ground_truth` are in the question's `unit`.
+    """
+    record = question.record
+    return {
+        "id": record.uid,
+        "scene": record.media,
+        "question_type": record.question_type,
+        "prediction": scored_prediction(answer, question),
+        "interval": scored_interval(answer, question),
+        "unit": record.unit,
+        "ground_truth": question.ground_truth,
+        "num_options": question.num_options,
+        **answer.to_dict(),
+        "seconds": round(seconds, 4),
+    }
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -290,6 +324,7 @@ def run_facts(model, processor, benchmark: Benchmark, options: EvalOptions, *, m
     Returns:
         `dict`: Plain types.
     """
+    drh = model.config.drh_config
     return {
         "model": model_name,
         "model_revision": digest,
@@ -308,6 +343,7 @@ def run_facts(model, processor, benchmark: Benchmark, options: EvalOptions, *, m
         "rationale_tokens": processor.num_rationale_tokens,
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
+        "interval_coverage": drh.interval_coverage if drh.uncertainty else None,
     }
 
 
@@ -317,7 +353,9 @@ __all__ = [
     "Evaluator",
     "check_run",
     "predict",
+    "prediction_line",
     "read_lines",
     "run_facts",
+    "scored_interval",
     "scored_prediction",
 ]

@@ -81,6 +81,17 @@ def build_parser() -> argparse.ArgumentParser:
             "-m geode.cli eval ...`.",
         )
     )
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure how wide a model's intervals must be",
+        description="Measure on scenes that were not trained on how wide the intervals of a model (`drh_config.uncertainty`) must be to "
+        "hold the truth as often as they say, and save the model with that. First ask it: `geode eval --split validation`.",
+    )
+    calibrate.add_argument("predictions", metavar="DIR", help="results of `geode eval` with the same model")
+    calibrate.add_argument("--model", metavar="PATH_OR_ID", required=True, help="the model that gave them")
+    calibrate.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    calibrate.add_argument("--out", metavar="DIR", required=True, help="where the calibrated model goes")
+    calibrate.set_defaults(run=_run_calibrate)
     _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
     return parser
 
@@ -100,6 +111,12 @@ def _add_ask(ask: argparse.ArgumentParser) -> None:
         "--num-frames", metavar="N", type=int, help="frames that the model sees (default: the processor's)"
     )
     ask.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object per question")
+    ask.add_argument(
+        "--abstain-above",
+        metavar="SHARE",
+        type=float,
+        help='answer "unknown" where a number\'s interval is wider than +-SHARE of it, as 0.25 (models with intervals alone)',
+    )
     ask.set_defaults(run=_run_ask)
 
 
@@ -293,6 +310,7 @@ def _run_ask(arguments: argparse.Namespace) -> None:
         use_geometry=arguments.use_geometry,
         num_frames=arguments.num_frames,
         as_json=arguments.as_json,
+        abstain_above=arguments.abstain_above,
     )
 
 
@@ -335,6 +353,12 @@ def _run_eval(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         raise ValueError("`--out` must name a folder for the results, got none.")
     evaluate_model(options.pop("benchmark"), options.pop("out"), **options)
+
+
+def _run_calibrate(arguments: argparse.Namespace) -> None:
+    from geode.evaluating import calibrate_model
+
+    calibrate_model(arguments.predictions, arguments.out, model=arguments.model, revision=arguments.revision)
 
 
 def _run_rooms(arguments: argparse.Namespace) -> None:

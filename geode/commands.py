@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from geode import tiny_checkpoint
-from geode.modeling_geode.answers_geode import Answer
+from geode.modeling_geode.answers_geode import Answer, format_number
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.vggt_export import export_vggt, find_origin
@@ -46,6 +46,7 @@ def ask_video(
     use_geometry: bool = True,
     num_frames: int | None = None,
     as_json: bool = False,
+    abstain_above: float | None = None,
 ) -> None:
     """
     Print the answers to questions about a video, one line each.
@@ -70,6 +71,8 @@ def ask_video(
             Frames that the language model sees; the default is the processor's.
         as_json (`bool`, defaults to `False`):
             Print a JSON object per line instead of `answer: ...`.
+        abstain_above (`float`, *optional*):
+            Answer "unknown" where the interval is wider than plus or minus this share of the number.
 
     Raises:
         FileNotFoundError: If the video, the geometry or the checkpoint is missing.
@@ -93,7 +96,13 @@ def ask_video(
             use_geometry = False
     for question in questions:
         timed = answer_question(
-            checkpoint, video, question, geometry=geometry, use_geometry=use_geometry, num_frames=num_frames
+            checkpoint,
+            video,
+            question,
+            geometry=geometry,
+            use_geometry=use_geometry,
+            num_frames=num_frames,
+            abstain_above=abstain_above,
         )
         if as_json:
             record = {"question": question, **timed.answer.to_dict(), "seconds": round(timed.seconds, 3)}
@@ -110,10 +119,19 @@ def spoken(answer: Answer) -> str:
         >>> from geode.modeling_geode.answers_geode import Answer, Measurement
         >>> spoken(Answer(text="2.31", values=[Measurement("<REG>", 2.31, "m", 2.31)], boxes=[]))
         '2.31 m'
+        >>> spoken(Answer(text="2.31", values=[Measurement("<REG>", 2.31, "m", 2.31, interval=(2.0, 2.7))], boxes=[]))
+        '2.31 m (2.00 to 2.70)'
     """
     text = " ".join(answer.text.split())
-    if len(answer.values) == 1 and text == answer.values[0].text and answer.values[0].unit not in (None, "count"):
-        return f"{text} {answer.values[0].unit}"
+    if len(answer.values) != 1 or text != answer.values[0].text:
+        return text
+    (value,) = answer.values
+    if value.is_withheld:
+        return text
+    text += f" {value.unit}" if value.unit not in (None, "count") else ""
+    if value.kind == "scalar" and value.interval is not None:
+        low, high = (format_number(end, value.unit) for end in value.interval)
+        text += f" ({low} to {high})"
     return text
 
 
@@ -205,6 +223,7 @@ def answer_question(
     geometry: str | os.PathLike | None = None,
     use_geometry: bool = True,
     num_frames: int | None = None,
+    abstain_above: float | None = None,
 ) -> TimedAnswer:
     """
     Answer one question about a video by greedy decoding.
@@ -221,6 +240,8 @@ def answer_question(
         use_geometry (`bool`, defaults to `True`):
             See [`ask_video`].
         num_frames (`int`, *optional*):
+            See [`ask_video`].
+        abstain_above (`float`, *optional*):
             See [`ask_video`].
 
     Returns:
@@ -240,5 +261,7 @@ def answer_question(
     output = checkpoint.model.generate(
         **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True
     )
-    answer = checkpoint.processor.post_process_answers(output, input_ids=inputs["input_ids"])[0]
+    (answer,) = checkpoint.processor.post_process_answers(
+        output, input_ids=inputs["input_ids"], abstain_above=abstain_above
+    )
     return TimedAnswer(answer, time.perf_counter() - start)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `geode eval` does: ask a model a benchmark's questions, score the answers, and write a card."""
+"""What `geode eval` and `geode calibrate` do: ask a model a benchmark's questions, score the answers, set its intervals."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from pathlib import Path
 from geode.commands import load_checkpoint
 from geode.data.processes import process_state
 from geode.evaluation.benchmark import load_benchmark
+from geode.evaluation.calibration import interval_table, measure_scales
 from geode.evaluation.results import score_table, write_results
-from geode.evaluation.runner import EvalOptions, Evaluator, predict, run_facts
+from geode.evaluation.runner import PREDICTIONS, RUN, EvalOptions, Evaluator, predict, read_lines, run_facts
 from geode.modeling_geode.scene_encoding_geode import digest_of
 
 
@@ -89,5 +90,60 @@ def report(out: str | os.PathLike, *, scorer: str = "official") -> dict:
     """
     scores = write_results(out, scorer=scorer)
     print(score_table(scores))
+    if scores["value_intervals"] is not None:
+        run = json.loads((Path(out) / RUN).read_text("utf-8"))
+        print(f"\n{interval_table(scores['value_intervals'], run['interval_coverage'])}\n")
     print(f"card: {Path(out) / 'README.md'}")
     return scores
+
+
+def calibrate_model(
+    predictions: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    model: str | os.PathLike,
+    revision: str | None = None,
+) -> dict:
+    """
+    Measure how wide the intervals of a model must be, and save the model with that.
+
+    Args:
+        predictions (`str` or `os.PathLike`): What `geode eval` left of scenes that the model was not trained on.
+        out (`str` or `os.PathLike`): Folder of the calibrated model; `calibration.json` in it says what it was measured on.
+        model (`str` or `os.PathLike`): The model that gave the predictions.
+        revision (`str`, *optional*): Branch, tag or commit of a checkpoint on the Hub.
+
+    Returns:
+        `dict`: What is in `calibration.json`.
+
+    Raises:
+        FileNotFoundError: If there are no predictions.
+        ValueError: If they are of another model or a control, or too few have intervals.
+    """
+    folder = Path(predictions)
+    if not (folder / PREDICTIONS).is_file():
+        raise FileNotFoundError(
+            f"{folder} must hold {PREDICTIONS} of a finished run. Run `geode eval --split validation --out {folder}` first."
+        )
+    run = json.loads((folder / RUN).read_text("utf-8"))
+    checkpoint = load_checkpoint(model, revision)
+    network, found = checkpoint.model, model_revision(checkpoint.model)
+    if run["model_revision"] != found or run["control"] != "none":
+        raise ValueError(
+            f"The predictions in {folder} must be of {model} ({found}) and no control, got {run['model']} "
+            f"({run['model_revision']}) and {run['control']!r}. Ask this model with `geode eval`."
+        )
+    scales = measure_scales(read_lines(folder / PREDICTIONS), network.config)
+    drh = network.config.drh_config
+    drh.interval_scales = {**drh.interval_scales, **{token: entry["scale"] for token, entry in scales.items()}}
+    network.save_pretrained(out)
+    checkpoint.processor.save_pretrained(out)
+    names = ("model", "model_revision", "benchmark", "benchmark_revision", "split", "subset")
+    facts = {"coverage": drh.interval_coverage, "tokens": scales, **{name: run[name] for name in names}}
+    (Path(out) / "calibration.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for token, entry in scales.items():
+        print(
+            f"{token}: {entry['scale']:.3f} times a Gaussian's {drh.interval_coverage:.0%} interval "
+            f"({entry['num_values']} values in {entry['num_scenes']} scenes)"
+        )
+    return facts

@@ -22,6 +22,7 @@ METRES_PER_UNIT = {
     "yd": 0.9144,
 }
 COUNT = "count"
+WITHHELD = "unknown"
 # The words of each unit. The second entry holds words that also mean something else ("the foot of the bed", "I'm"):
 # they are units only where the question says so ("in feet", "how many feet", "(ft)").
 _UNIT_WORDS = {
@@ -237,8 +238,13 @@ class Measurement:
             The regressed value, in metres, square metres or as a count.
         kind (`str`, defaults to `"scalar"`):
             `"scalar"` or `"vector"`.
-        interval (`tuple[float, float]`, *optional*):
-            Lower and upper bound in `unit`, where the model gives one.
+        interval (`tuple[float, float]` or a tuple of them, *optional*):
+            Lower and upper end in `unit`, one pair for each entry of a vector, where the model gives them
+            (`drh_config.uncertainty`). Those of a count are whole, and around it.
+        si_interval (`tuple[float, float]` or a tuple of them, *optional*):
+            The regressed ends, in SI.
+        is_withheld (`bool`, defaults to `False`):
+            The interval is too wide for the caller's `abstain_above`: the text says "unknown".
     """
 
     token: str
@@ -246,17 +252,30 @@ class Measurement:
     unit: str | None
     si_value: float | tuple[float, ...]
     kind: str = "scalar"
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | tuple[tuple[float, float], ...] | None = None
+    si_interval: tuple[float, float] | tuple[tuple[float, float], ...] | None = None
+    is_withheld: bool = False
 
     @property
     def text(self) -> str:
         """The number as it stands in the answer; a vector is a bracketed list."""
+        if self.is_withheld:
+            return WITHHELD
         if isinstance(self.value, tuple):
             return "[" + ", ".join(format_number(entry, self.unit) for entry in self.value) + "]"
         return format_number(self.value, self.unit)
 
     @classmethod
-    def from_si(cls, token: str, values: Sequence[float], *, kind: str, unit: str | None = None) -> "Measurement":
+    def from_si(
+        cls,
+        token: str,
+        values: Sequence[float],
+        *,
+        kind: str,
+        unit: str | None = None,
+        interval: Sequence[Sequence[float]] | None = None,
+        abstain_above: float | None = None,
+    ) -> "Measurement":
         """
         Build a measurement from a regressed value.
 
@@ -269,19 +288,39 @@ class Measurement:
                 `"scalar"` or `"vector"`.
             unit (`str`, *optional*):
                 The asked unit. A vector keeps SI.
+            interval (`Sequence[Sequence[float]]`, *optional*):
+                Lower and upper end of each value, in SI.
+            abstain_above (`float`, *optional*):
+                Withhold a value that half the width of its interval exceeds this share of: 0.25 keeps what is known to a
+                quarter.
 
         Returns:
             [`Measurement`]: The value in the asked unit.
 
         Raises:
-            ValueError: If a value is not finite, or a scalar has more than one.
+            ValueError: If a value is not finite, a scalar has more than one, or `abstain_above` is given without intervals.
         """
         numbers = tuple(_checked_number(value) for value in values)
-        if kind == "vector":
-            return cls(token=token, value=numbers, unit=None, si_value=numbers, kind=kind)
-        if len(numbers) != 1:
+        if kind != "vector" and len(numbers) != 1:
             raise ValueError(f"`values` of a scalar must hold 1 number, got {len(numbers)} for {token}.")
-        return cls(token=token, value=convert_from_si(numbers[0], unit), unit=unit, si_value=numbers[0], kind=kind)
+        ends, is_withheld = None, False
+        if interval is not None:
+            ends = tuple((_checked_number(low), _checked_number(high)) for low, high in interval)
+        if abstain_above is not None:
+            is_withheld = _is_wide(token, numbers, ends, abstain_above)
+        if kind == "vector":
+            return cls(token, numbers, None, numbers, kind, interval=ends, si_interval=ends, is_withheld=is_withheld)
+        value = convert_from_si(numbers[0], unit)
+        return cls(
+            token=token,
+            value=value,
+            unit=unit,
+            si_value=numbers[0],
+            kind=kind,
+            interval=None if ends is None else interval_in(unit, value, *ends[0]),
+            si_interval=None if ends is None else ends[0],
+            is_withheld=is_withheld,
+        )
 
     def to_dict(self) -> dict:
         """Return plain types that `json.dumps` takes."""
@@ -292,6 +331,8 @@ class Measurement:
             "si_value": _plain(self.si_value),
             "kind": self.kind,
             "interval": _plain(self.interval),
+            "si_interval": _plain(self.si_interval),
+            "is_withheld": self.is_withheld,
         }
 
 
@@ -379,6 +420,8 @@ class Answer:
         *,
         kinds: Mapping[str, str],
         unit: str | None = None,
+        intervals: Sequence[Sequence[Sequence[float]] | None] | None = None,
+        abstain_above: float | None = None,
     ) -> "Answer":
         """
         Join text with the values that stand between.
@@ -394,17 +437,23 @@ class Answer:
                 The kind of each control token: `"scalar"`, `"vector"` or `"box3d"`.
             unit (`str`, *optional*):
                 The asked unit.
+            intervals (`Sequence[Sequence[Sequence[float]]]`, *optional*):
+                Lower and upper ends of the numbers of each value, in SI; None for a box.
+            abstain_above (`float`, *optional*):
+                See [`Measurement.from_si`].
 
         Returns:
             [`Answer`]: The answer, its text stripped of surrounding whitespace.
         """
         measurements, boxes, text = [], [], segments[0]
-        for token, numbers, segment in zip(tokens, values, segments[1:], strict=True):
+        intervals = [None] * len(tokens) if intervals is None else intervals
+        for token, numbers, interval, segment in zip(tokens, values, intervals, segments[1:], strict=True):
             if kinds[token] == "box3d":
                 boxes.append(Box3D.from_values(numbers))
                 text += boxes[-1].text + segment
             else:
-                measurements.append(Measurement.from_si(token, numbers, kind=kinds[token], unit=unit))
+                options = {"unit": unit, "interval": interval, "abstain_above": abstain_above}
+                measurements.append(Measurement.from_si(token, numbers, kind=kinds[token], **options))
                 text += measurements[-1].text + segment
         return cls(text=text.strip(), values=measurements, boxes=boxes)
 
@@ -417,8 +466,70 @@ class Answer:
         }
 
 
+def split_at_tokens(ids: Sequence[int], tokens: Mapping[int, str]) -> tuple[list[list[int]], list[str]]:
+    """
+    Split a sequence at its control tokens.
+
+    Args:
+        ids (`Sequence[int]`):
+            The sequence.
+        tokens (`Mapping[int, str]`):
+            The control tokens by their ids.
+
+    Returns:
+        `tuple[list[list[int]], list[str]]`: What stands before, between and after the control tokens, and the tokens.
+
+    Example:
+        >>> split_at_tokens([5, 9, 6, 7], {9: "<REG>"})
+        ([[5], [6, 7]], ['<REG>'])
+    """
+    segments, found = [[]], []
+    for token_id in ids:
+        if token_id in tokens:
+            found.append(tokens[token_id])
+            segments.append([])
+        else:
+            segments[-1].append(token_id)
+    return segments, found
+
+
+def interval_in(unit: str | None, value: float, low: float, high: float) -> tuple[float, float]:
+    """
+    Convert an interval in SI to a unit.
+
+    Args:
+        unit (`str`, *optional*):
+            A unit of [`asked_unit`]; None leaves SI.
+        value (`float`):
+            The value in `unit`.
+        low (`float`):
+            Lower end in SI.
+        high (`float`):
+            Upper end in SI.
+
+    Returns:
+        `tuple[float, float]`: Both ends in `unit`. Of a count, the whole numbers in between and the count itself.
+
+    Example:
+        >>> interval_in("cm", 120.0, 1.0, 1.5), interval_in("count", 3.0, 2.3, 4.8)
+        ((100.0, 150.0), (3.0, 4.0))
+    """
+    if unit is not None and parse_unit(unit) == COUNT:
+        return min(value, max(0.0, float(math.ceil(low)))), max(value, float(math.floor(high)))
+    return convert_from_si(low, unit), convert_from_si(high, unit)
+
+
+def _is_wide(token: str, numbers: Sequence[float], ends, limit: float) -> bool:
+    if ends is None:
+        raise ValueError(
+            f"`abstain_above={limit}` needs an interval, and {token} has none. Use a model with "
+            "`drh_config.uncertainty=True`, or leave the option out."
+        )
+    return any((high - low) / 2.0 > limit * abs(number) for number, (low, high) in zip(numbers, ends, strict=True))
+
+
 def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 __all__ = [
@@ -429,5 +540,7 @@ __all__ = [
     "convert_from_si",
     "convert_to_si",
     "format_number",
+    "interval_in",
     "parse_unit",
+    "split_at_tokens",
 ]

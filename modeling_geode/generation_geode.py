@@ -56,12 +56,15 @@ class GeodeGenerateOutput(GenerateDecoderOnlyOutput):
         sequences (`torch.LongTensor` of shape `(num_sequences, sequence_length)`): Prompt and generated tokens.
         values (`list[list[torch.Tensor]]`): For each sequence, the values of its generated control tokens in order, each
             float32 of shape `(dim,)` in SI units.
+        intervals (`list[list[torch.Tensor]]`, *optional*): Likewise their intervals, each float32 of shape `(dim, 2)`, None for a box;
+            with `drh_config.uncertainty` alone.
         prompt_length (`int`): Where the generated tokens start in `sequences`.
 
     The other fields are those of [`~generation.GenerateDecoderOnlyOutput`].
     """
 
     values: list | None = None
+    intervals: list | None = None
     prompt_length: int | None = None
 
 
@@ -185,11 +188,15 @@ class GeodeGenerationMixin(GenerationMixin):
         prompt = {
             name: kwargs.get(name) for name in ("attention_mask", "inputs_embeds", "media_embeds", "feedback_state")
         }
-        values = self._values(outputs, states, input_ids, prompt, cached_length)
+        rows, tokens, states = self._control_states(outputs, states, input_ids, prompt, cached_length)
+        num_rows = len(outputs.sequences)
+        values, intervals = _by_row(rows, self.drh.decode_states(states, tokens), num_rows), None
+        if self.drh.spreads is not None:
+            intervals = _by_row(rows, self.drh.decode_intervals(states, tokens), num_rows)
         fields = {name: field for name, field in outputs.items() if name != "hidden_states" or user_states}
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
         output_class = GeodeGenerateBeamOutput if "beam_indices" in outputs else GeodeGenerateOutput
-        return output_class(**fields, values=values, prompt_length=prompt_length)
+        return output_class(**fields, values=values, intervals=intervals, prompt_length=prompt_length)
 
     def prepare_inputs_for_generation(
         self,
@@ -275,8 +282,12 @@ class GeodeGenerationMixin(GenerationMixin):
         forbid = SuppressTokensLogitsProcessor(suppressed, device=self.device)
         return LogitsProcessorList([*(logits_processor or []), forbid])
 
-    def _values(self, outputs, states, input_ids, prompt, cached_length) -> list[list[torch.Tensor]]:
-        """The values of every generated control token: from the states of the steps, or else from one more forward."""
+    def _control_states(self, outputs, states, input_ids, prompt, cached_length) -> tuple:
+        """
+        What is regressed of every generated control token: from the states of the steps, or else from one more forward.
+
+        Returns the rows of the tokens, the tokens, `(num_tokens,)`, and their states, `(num_tokens, hidden_size)`.
+        """
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
         generated = outputs.sequences[:, prompt_length:]
         hits = self.drh.control_mask(generated).nonzero().tolist()
@@ -300,13 +311,11 @@ class GeodeGenerationMixin(GenerationMixin):
                 replayed[row][start + step] if state is None else state
                 for (row, step), state in zip(hits, picked, strict=True)
             ]
-        values = [[] for _ in range(len(generated))]
-        if hits:
-            tokens = torch.stack([generated[row, step] for row, step in hits])
-            decoded = self.drh.decode_states(torch.stack([state.to(tokens.device) for state in picked]), tokens)
-            for (row, _), value in zip(hits, decoded, strict=True):
-                values[row].append(value)
-        return values
+        owners = [row for row, _ in hits]
+        tokens = generated[owners, [step for _, step in hits]]
+        # Device maps may leave the states of different steps on different devices.
+        states = [state.to(tokens.device) for state in picked]
+        return owners, tokens, torch.stack(states) if states else self.get_input_embeddings().weight[:0]
 
     def _feedback_of(self, sequences, hits, picked, prompt_length, feedback_state) -> torch.Tensor | None:
         """The values that were fed back in returned sequences, `(num_sequences, length, max_dim)`, NaN elsewhere."""
@@ -361,6 +370,14 @@ class GeodeGenerationMixin(GenerationMixin):
             use_cache=False,
         )
         return outputs.last_hidden_state
+
+
+def _by_row(rows: list[int], items: list, num_rows: int) -> list[list]:
+    """The items of each row, in order."""
+    grouped = [[] for _ in range(num_rows)]
+    for row, item in zip(rows, items, strict=True):
+        grouped[row].append(item)
+    return grouped
 
 
 def _with_last_layer(selection):

@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .answers_geode import Answer, asked_unit
+from .answers_geode import Answer, asked_unit, split_at_tokens
 from .chat_geode import (
     CHAT_TEMPLATE,
     GENERATION_TAG,
@@ -632,7 +632,12 @@ class GeodeProcessor(ProcessorMixin):
     # ---- outputs ----
 
     def post_process_answers(
-        self, output, input_ids: torch.Tensor, *, skip_special_tokens: bool = True
+        self,
+        output,
+        input_ids: torch.Tensor,
+        *,
+        skip_special_tokens: bool = True,
+        abstain_above: float | None = None,
     ) -> list[Answer]:
         """
         Read answers from what `generate` returned.
@@ -647,6 +652,9 @@ class GeodeProcessor(ProcessorMixin):
                 The prompts.
             skip_special_tokens (`bool`, defaults to `True`):
                 Leave special tokens out of the text.
+            abstain_above (`float`, *optional*):
+                Write "unknown" for a number with a wider interval than plus or minus this share of it. Needs a model with
+                `drh_config.uncertainty`.
 
         Returns:
             `list[Answer]`: One for each sequence; those of one prompt stand together.
@@ -654,34 +662,32 @@ class GeodeProcessor(ProcessorMixin):
         Raises:
             ValueError: If values are missing or a value is not finite, or sequences and prompts do not fit.
         """
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        is_bare = isinstance(output, torch.Tensor)
+        sequences = output if is_bare else output.sequences
         num_prompts = len(input_ids)
         if num_prompts == 0 or len(sequences) % num_prompts:
             raise ValueError(
                 f"`output` must have a whole number of sequences for each of the {num_prompts} prompts in "
                 f"`input_ids`, got {len(sequences)}."
             )
-        prompt_length = input_ids.shape[1] if isinstance(output, torch.Tensor) else output.prompt_length
+        prompt_length = input_ids.shape[1] if is_bare else output.prompt_length
         units = [
             asked_unit(self.tokenizer.decode(self._question_ids(row), skip_special_tokens=True))
             for row in input_ids.tolist()
         ]
         answers = []
         for index, row in enumerate(sequences.tolist()):
-            values = None if isinstance(output, torch.Tensor) else [value.tolist() for value in output.values[index]]
-            unit = units[index * num_prompts // len(sequences)]
-            answers.append(self._answer(row[prompt_length:], values, unit, skip_special_tokens))
+            values = None if is_bare else [value.tolist() for value in output.values[index]]
+            options = {"unit": units[index * num_prompts // len(sequences)], "abstain_above": abstain_above}
+            if not is_bare and output.intervals is not None:
+                options["intervals"] = [ends if ends is None else ends.tolist() for ends in output.intervals[index]]
+            answers.append(self._answer(row[prompt_length:], values, skip_special_tokens, options))
         return answers
 
-    def _answer(self, ids: list[int], values, unit: str | None, skip_special_tokens: bool) -> Answer:
-        tokens_by_id = {entry["token_id"]: token for token, entry in self.control_tokens.items()}
-        segments, tokens = [[]], []
-        for token in ids:
-            if token in tokens_by_id:
-                tokens.append(tokens_by_id[token])
-                segments.append([])
-            else:
-                segments[-1].append(token)
+    def _answer(self, ids: list[int], values, skip_special_tokens: bool, options: dict) -> Answer:
+        by_id = {entry["token_id"]: token for token, entry in self.control_tokens.items()}
+        segments, tokens = split_at_tokens(ids, by_id)
+        texts = [self.tokenizer.decode(segment, skip_special_tokens=skip_special_tokens) for segment in segments]
         if values is None and tokens:
             raise ValueError(
                 f"The sequence has {len(tokens)} control tokens, and a bare tensor has no values for them. Call "
@@ -691,13 +697,8 @@ class GeodeProcessor(ProcessorMixin):
             raise ValueError(
                 f"The sequence has {len(tokens)} control tokens and `output.values` {len(values)} values."
             )
-        return Answer.from_segments(
-            [self.tokenizer.decode(segment, skip_special_tokens=skip_special_tokens) for segment in segments],
-            tokens,
-            values or [],
-            kinds={token: entry["kind"] for token, entry in self.control_tokens.items()},
-            unit=unit,
-        )
+        kinds = {token: entry["kind"] for token, entry in self.control_tokens.items()}
+        return Answer.from_segments(texts, tokens, values or [], kinds=kinds, **options)
 
     # ---- loading and saving ----
 

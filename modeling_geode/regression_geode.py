@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ MAX_LOG = 30.0
 MIN_LOG1P = -15.0
 # Below this length, sine and cosine of twice the yaw are noise, and the gradient of their angle would overflow.
 MIN_YAW_NORM = 1e-6
+# Spreads lie between exp(-7) and exp(7) standard deviations of the codec.
+MAX_LOG_SPREAD = 7.0
 
 
 @dataclass
@@ -33,7 +36,8 @@ class RegressionOutput(ModelOutput):
         values (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`):
             Predicted values in SI units at control tokens, in their first `dim` entries; NaN elsewhere.
         loss (`torch.Tensor` of shape `()`): Eq. 6 in the codecs' space; without targets, a zero that depends on every
-            parameter of the head.
+            parameter of the head. With `drh_config.uncertainty` the negative logarithm of the likelihood of the targets under
+            the spreads is added.
         num_targets (`torch.LongTensor` of shape `()`): Targets in this batch.
     """
 
@@ -214,6 +218,18 @@ class GeodeRegressionHead(nn.Module):
                     for token, entry in self.entries.items()
                 }
             )
+        self.spreads = None
+        if drh.uncertainty:
+            gaussian = NormalDist().inv_cdf((1.0 + drh.interval_coverage) / 2.0)
+            self.half_widths = {token: gaussian * drh.interval_scales.get(token, 1.0) for token in self.entries}
+            # A box has none: what the interval of a yaw is, and whether its entries hold together, is another question.
+            self.spreads = nn.ModuleDict(
+                {
+                    self.names[token]: nn.Linear(widths[-1], entry["dim"])
+                    for token, entry in self.entries.items()
+                    if entry["kind"] != "box3d"
+                }
+            )
 
     @property
     def control_token_ids(self) -> list[int]:
@@ -261,17 +277,21 @@ class GeodeRegressionHead(nn.Module):
         num_targets = torch.zeros((), dtype=torch.long, device=loss.device)
         for token, entry in self.entries.items():
             rows, columns = (input_ids == entry["token_id"]).nonzero(as_tuple=True)
-            encoded = self._encoded(token, self._states(hidden_states, rows, columns))
+            features = self._features(token, self._states(hidden_states, rows, columns))
+            encoded = self._encoded(token, features)
             decoded = F.pad(decode_values(encoded, entry), (0, self.max_dim - entry["dim"]), value=torch.nan)
             values = values.index_put((rows, columns), decoded)
-            loss = loss + encoded[:0].sum()
+            log_spread = self._log_spread(token, features)
+            loss = loss + encoded[:0].sum() + (0.0 if log_spread is None else log_spread[:0].sum())
             if self.feedback is not None:
                 loss = loss + self._embedded(token, encoded[:0]).sum()
             if regression_targets is not None:
                 targets = regression_targets[rows, columns, : entry["dim"]]
                 is_known = ~targets.isnan().any(dim=-1)
-                distances = self._distance(encoded[is_known], encode_values(targets[is_known], entry).to(encoded))
-                loss, num_targets = loss + distances.sum(), num_targets + is_known.sum()
+                known, expected = encoded[is_known], encode_values(targets[is_known], entry).to(encoded)
+                loss, num_targets = loss + self._distance(known, expected).sum(), num_targets + is_known.sum()
+                if log_spread is not None:
+                    loss = loss + _gaussian_nll((expected - known).detach(), log_spread[is_known]).sum()
         if num_regression_targets is None:
             num_regression_targets = num_targets
         # A global batch may hold no target at all; its loss is 0.
@@ -295,9 +315,41 @@ class GeodeRegressionHead(nn.Module):
         """
         tokens = self._tokens(token_ids)
         return [
-            decode_values(self._encoded(token, state[None])[0], self.entries[token])
+            decode_values(self._encoded(token, self._features(token, state[None]))[0], self.entries[token])
             for state, token in zip(states, tokens, strict=True)
         ]
+
+    @_like_forward
+    def decode_intervals(self, states: torch.Tensor, token_ids: torch.Tensor) -> list[torch.Tensor | None]:
+        """
+        Intervals of states that are already picked (`drh_config.uncertainty`).
+
+        In the codec's space they are the value and `interval_scales` times a Gaussian's interval of `interval_coverage` around
+        it; its ends are decoded as values are.
+
+        Args:
+            states (`torch.Tensor` of shape `(num_tokens, hidden_size)`): The states that `hidden_position` names.
+            token_ids (`torch.LongTensor` of shape `(num_tokens,)`): Their control tokens.
+
+        Returns:
+            `list[torch.Tensor]`: For each state a float32 tensor of shape `(dim, 2)`, lower and upper end in SI units; None for
+            a box, and where the head has no spreads.
+
+        Raises:
+            ValueError: If a token is no control token.
+        """
+        found = []
+        for state, token in zip(states, self._tokens(token_ids), strict=True):
+            features = self._features(token, state[None])
+            log_spread = self._log_spread(token, features)
+            if log_spread is None:
+                found.append(None)
+                continue
+            half = self.half_widths[token] * log_spread.exp()
+            encoded = self._encoded(token, features)
+            ends = decode_values(torch.cat([encoded - half, encoded + half]), self.entries[token])
+            found.append(ends.T)
+        return found
 
     @_like_forward
     def value_embeddings(self, values: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -381,13 +433,30 @@ class GeodeRegressionHead(nn.Module):
             columns = columns - 1
         return hidden_states[rows, columns]
 
-    def _encoded(self, token: str, states: torch.Tensor) -> torch.Tensor:
-        """Codec-space prediction, in float32 even inside autocast or after `model.to(torch.bfloat16)`."""
+    def _features(self, token: str, states: torch.Tensor) -> torch.Tensor:
+        """The MLP's last hidden state, in float32 even inside autocast or after `model.to(torch.bfloat16)`."""
         states = _to_full_precision(states)
         with maybe_autocast(device_type=states.device.type, enabled=False):
-            for layer in self.heads[self.names[token]]:
+            for layer in self.heads[self.names[token]][:-1]:
                 states = _apply_linear(layer, states) if isinstance(layer, nn.Linear) else layer(states)
         return states
+
+    def _encoded(self, token: str, features: torch.Tensor) -> torch.Tensor:
+        """Codec-space prediction, `(num_tokens, encoded_dim)`."""
+        with maybe_autocast(device_type=features.device.type, enabled=False):
+            return _apply_linear(self.heads[self.names[token]][-1], features)
+
+    def _log_spread(self, token: str, features: torch.Tensor) -> torch.Tensor | None:
+        """
+        Logarithm of the standard deviation in codec space, `(num_tokens, dim)`.
+
+        It sees the features and does not change them: values are those of a head without spreads.
+        """
+        if self.spreads is None or self.names[token] not in self.spreads:
+            return None
+        with maybe_autocast(device_type=features.device.type, enabled=False):
+            spread = _apply_linear(self.spreads[self.names[token]], features.detach())
+        return spread.clamp(-MAX_LOG_SPREAD, MAX_LOG_SPREAD)
 
     def _embedded(self, token: str, encoded: torch.Tensor) -> torch.Tensor:
         with maybe_autocast(device_type=encoded.device.type, enabled=False):
@@ -426,6 +495,11 @@ class GeodeRegressionHead(nn.Module):
                 f"`{name}` at sample {row}, position {column}: token {token_id} is {rule}, got "
                 f"{targets[row, column].tolist()}. Move or complete the value, or make all its entries NaN to drop it."
             )
+
+
+def _gaussian_nll(error: torch.Tensor, log_spread: torch.Tensor) -> torch.Tensor:
+    """Negative logarithm of a Gaussian's likelihood but for a constant, the mean over entries, `(num_targets,)`."""
+    return (0.5 * (error * (-log_spread).exp()).square() + log_spread).mean(dim=-1)
 
 
 def _apply_linear(layer: nn.Linear, states: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ is there:
 | `locate` | what stage 2 trains | "Locate the ..." alone |
 | `measure` | what stage 2 trains | boxes, distances, sizes, counts, directions |
 | `stage2` | projector, language model, regression head | all questions |
+| `calibration` | the width of intervals | answers about the validation split |
 | `scores` | | every task on held-out rooms, also with another room shown |
 | `checkpoint` | | the folder to ship, with its card |
 
@@ -48,7 +49,10 @@ from geode.data.mixtures import Mixture
 from geode.data.readers import read_records
 from geode.data.schemas import Record
 from geode.data.synthetic_rooms.dataset import SPLITS
-from geode.evaluation.runner import check_run
+from geode.evaluation.benchmark import Question
+from geode.evaluation.calibration import interval_report, measure_scales
+from geode.evaluation.runner import check_run, prediction_line
+from geode.modeling_geode.answers_geode import Answer
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.collator import GeodeDataCollator, exchanged_scenes
@@ -83,6 +87,7 @@ STAGES = (
     "locate",
     "measure",
     "stage2",
+    "calibration",
     "scores",
     "checkpoint",
 )
@@ -462,18 +467,49 @@ def curriculum_trainer(
 # ---- what came out ----
 
 
-def score(world: World) -> dict:
-    """Ask every question of the test split, with its room and with another one."""
-    model, processor = world.load("stage2")
-    collator = GeodeDataCollator(
+def asking_collator(world: World, processor: GeodeProcessor) -> GeodeDataCollator:
+    """Make the collator that shows a question its scene, from the store."""
+    return GeodeDataCollator(
         processor=processor, media_root=world.rooms, feature_store=FeatureStore(world.out / STORE)
     )
+
+
+def number_lines(records: Sequence[Record], answers: Sequence[Answer]) -> list[dict]:
+    """Write questions about numbers and their answers as `geode eval` does."""
+    return [
+        prediction_line(Question(record=record, ground_truth=str(record.value), num_options=None), answer, 0.0)
+        for record, answer in zip(records, answers, strict=True)
+        if record.kind == "number"
+    ]
+
+
+def calibrate(world: World) -> dict:
+    """Measure on the validation split how wide intervals must be, and save the model with that."""
+    model, processor = world.load("stage2")
+    records = [record for record in world.questions("validation") if record.kind == "number"]
+    answers = answer_records(model.eval(), asking_collator(world, processor), records)
+    scales: dict = {}
+    try:
+        scales = measure_scales(number_lines(records, answers), model.config)
+    except ValueError as error:  # a trial of a few steps answers hardly anything with a value
+        logger.warning("Intervals stay those of the Gaussian. %s", error)
+    model.config.drh_config.interval_scales = {token: entry["scale"] for token, entry in scales.items()}
+    world.save("calibration", model, processor)
+    return {"tokens": scales}
+
+
+def score(world: World) -> dict:
+    """Ask every question of the test split, with its room and with another one."""
+    model, processor = world.load("calibration")
+    collator = asking_collator(world, processor)
     asked = set(list_scenes(world.rooms, "test")[:NUM_TEST])
     records = [record for record in world.questions("test") if record.scene in asked]
-    found = {}
+    found: dict = {}
     for name, shown in (("scores", None), ("shuffled", exchanged_scenes(records))):
         answers = answer_records(model.eval(), replace(collator, shown_scenes=shown), records)
         found[name] = score_answers(records, answers)
+        if shown is None:
+            found["value_intervals"] = interval_report(number_lines(records, answers))
     centers = torch.tensor([record.box[:3] for record in world.records if record.box is not None])
     mean = centers.mean(dim=0)
     prior = statistics.median(
@@ -483,8 +519,8 @@ def score(world: World) -> dict:
 
 
 def write_checkpoint(world: World) -> dict:
-    """Write the folder that can be shipped: the model of stage 2, its facts and its card."""
-    model, processor = world.load("stage2")
+    """Write the folder that can be shipped: the calibrated model of stage 2, its facts and its card."""
+    model, processor = world.load("calibration")
     model.config.use_cache = True
     folder = world.out / "checkpoint"
     # The plain methods, without names of files: the package ships this folder, and needs no copy of the code beside it.
@@ -495,6 +531,7 @@ def write_checkpoint(world: World) -> dict:
     facts |= {"steps": {name: world.steps(name) for name in STEPS}, "seed": world.seed}
     facts |= {"parameters": model.num_parameters(), "train_scenes": len(world.train_scenes), "cores": os.cpu_count()}
     facts["blind"] = blind_scores(world.rooms)
+    facts["interval_coverage"] = model.config.drh_config.interval_coverage
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii")
     card = build_world_card(facts)
     (folder / "README.md").write_text(card, encoding="ascii")
@@ -512,6 +549,7 @@ RUNS: dict[str, Callable[[World], dict]] = {
     "locate": lambda world: train_curriculum(world, "locate", source="alignment", drm_path=str(world.out / "stage1")),
     "measure": lambda world: train_curriculum(world, "measure", source="locate"),
     "stage2": lambda world: run_recipe(world, "stage2", source="measure", drm_path=world.out / "stage1"),
+    "calibration": calibrate,
     "scores": score,
     "checkpoint": write_checkpoint,
 }

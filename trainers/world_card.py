@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card of the small model that was trained on the embedded world, from the facts of its run."""
 
+from geode.evaluation.calibration import interval_table
 from geode.trainers.world_scores import score_table
 
 
@@ -28,6 +29,11 @@ majorities and constants of the training split; for boxes, the distance from the
 standard errors.
 
 {table}
+
+Each number comes with an interval, whose width was measured on {calibration_values} answers about the {calibration_scenes} rooms of the
+validation split (split-conformal). On the test rooms:
+
+{intervals}
 
 ## How it was made
 
@@ -66,13 +72,16 @@ def build_world_card(facts: dict) -> str:
 
     Args:
         facts (`dict`): What each stage of `geode.trainers.world` returned, by stage, with `steps`, `seed`, `parameters`,
-            `train_scenes`, `cores`, and as `blind` the best blind score of each task.
+            `train_scenes`, `cores`, `interval_coverage`, and as `blind` the best blind score of each task.
 
     Returns:
         `str`: The text of `README.md`.
     """
     scores = facts["scores"]
-    parts = facts["parts"]
+    parts, calibrated = facts["parts"], facts["calibration"]["tokens"].get("<REG>", {"num_values": 0, "num_scenes": 0})
+    intervals = "No answer had one."
+    if scores["value_intervals"] is not None:
+        intervals = interval_table(scores["value_intervals"], facts["interval_coverage"])
     seconds = sum(value["seconds"] for value in facts.values() if isinstance(value, dict) and "seconds" in value)
     return CARD.format(
         **facts["steps"],
@@ -87,6 +96,9 @@ def build_world_card(facts: dict) -> str:
         vision_accuracy=parts["vision_tower"]["object_accuracy"],
         point_accuracy=parts["point_encoder"]["object_accuracy"],
         lookup_error=facts["lookup"]["median_center_error_m"],
+        intervals=intervals,
+        calibration_values=calibrated["num_values"],
+        calibration_scenes=calibrated["num_scenes"],
         patch_error=facts["lookup"]["patch_median_center_error_m"],
     )
 

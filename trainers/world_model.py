@@ -209,6 +209,7 @@ def make_config(processor: GeodeProcessor) -> GeodeConfig:
             "inject_features": True,
             "camera_queries": True,
         },
+        drh_config={"uncertainty": True},
         reconstructor_config=None,
         image_token_id=processor.image_token_id,
         rationale_token_id=processor.rationale_token_id,

@@ -180,7 +180,16 @@ def test_answer_survives_json():
     assert json.loads(json.dumps(answer.to_dict())) == {
         "text": "2 [center (0.00, 1.00, 2.00) m, size (3.00, 4.00, 5.00) m, yaw 0.50 rad]",
         "values": [
-            {"token": "<REG>", "value": 2.0, "unit": "count", "si_value": 2.0, "kind": "scalar", "interval": None}
+            {
+                "token": "<REG>",
+                "value": 2.0,
+                "unit": "count",
+                "si_value": 2.0,
+                "kind": "scalar",
+                "interval": None,
+                "si_interval": None,
+                "is_withheld": False,
+            }
         ],
         "boxes": [{"center": [0.0, 1.0, 2.0], "size": [3.0, 4.0, 5.0], "yaw": 0.5, "frame": "scene"}],
     }

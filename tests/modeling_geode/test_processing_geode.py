@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from PIL import Image
 from geode.data.tokenizer import train_tokenizer
 from geode.modeling_geode import processing_geode
 from geode.modeling_geode.answers_geode import Box3D
+from geode.modeling_geode.generation_geode import GeodeGenerateOutput
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.modeling_geode.scene_geode import SceneEncoding, SceneGeometry
 from geode.modeling_geode.video_processing_geode import GeodeImageProcessor
@@ -664,7 +664,7 @@ def generated(processor, prompts, texts, values=None):
     if values is None:
         return sequences
     values = [[torch.tensor(value) for value in row] for row in values]
-    return SimpleNamespace(sequences=sequences, values=values, prompt_length=prompts.shape[1])
+    return GeodeGenerateOutput(sequences=sequences, values=values, prompt_length=prompts.shape[1])
 
 
 def test_answers_show_values_in_the_asked_unit(processor):

@@ -140,6 +140,9 @@ def test_whole_run_on_a_few_rooms(tmp_path):
     model = GeodeForConditionalGeneration.from_pretrained(folder)
     assert GeodeProcessor.from_pretrained(folder).num_rationale_tokens == 16
     assert model.num_parameters() == facts["parameters"]
+    assert model.config.drh_config.uncertainty
+    scales = {token: entry["scale"] for token, entry in facts["calibration"]["tokens"].items()}
+    assert model.config.drh_config.interval_scales == scales
     before = {path: path.stat().st_mtime_ns for path in world.out.rglob("*.json")}
     run_stages(world, STAGES)
     assert before == {path: path.stat().st_mtime_ns for path in world.out.rglob("*.json")}

@@ -89,7 +89,12 @@ def test_card_holds_the_facts():
     facts["parts"] |= {"vision_tower": {"object_accuracy": 0.61}, "point_encoder": {"object_accuracy": 0.72}}
     facts["lookup"] |= {"median_center_error_m": 0.9, "patch_median_center_error_m": 0.5}
     facts["stage2"] |= gate
+    facts["calibration"] |= {"tokens": {"<REG>": {"scale": 1.5, "num_values": 2345, "num_scenes": 67}}}
+    facts["interval_coverage"] = 0.9
+    found = {"n": 1111, "coverage": 0.894, "half_width": 0.256}
+    intervals = {"types": {"overall": found}, "answered": {"50%": 48.7}}
     facts["scores"] |= {"scores": SCORES, "shuffled": SHUFFLED, "prior_m": 2.3, "num_scenes": 100}
+    facts["scores"] |= {"value_intervals": intervals}
     facts |= {"steps": STEPS, "seed": 0, "parameters": 1_700_000, "train_scenes": 800, "cores": 3, "blind": BLIND}
     assert gate_table(facts).endswith("| stage2 | 0.500 | 0.900 | 0.200 |  |")
     card = build_world_card(facts)
@@ -100,6 +105,9 @@ def test_card_holds_the_facts():
         "800 rendered rooms",
         "on 100 rooms",
         "on 3 CPU cores",
+        "2345 answers about the 67 rooms",
+        "| overall | 1111 | 89.4% | +-26% |",
+        "| 50% | 48.7 |",
         score_table(SCORES, SHUFFLED, BLIND, prior_m=2.3),
     ):
         assert text in card
