@@ -20,7 +20,8 @@ is there:
 | `scores` | | every task on held-out rooms, also with another room shown |
 | `checkpoint` | | the folder to ship, with its card |
 
-Localisation comes first, or nothing else is learned. Every stage that shows scenes logs the shuffled-scene gate: how much the loss
+Localisation comes first, or nothing else is learned; in the curriculum the language model also learns the boxes of whatever a question
+names (`world_mentions`). Every stage that shows scenes logs the shuffled-scene gate: how much the loss
 rises when each question is shown another room.
 """
 
@@ -72,6 +73,7 @@ from geode.trainers.world_encoders import (
 )
 from geode.trainers.world_language import language_gate, pretrain_language_model
 from geode.trainers.world_lookup import load_lookup_scene, lookup_accuracy, pretrain_rationale_module
+from geode.trainers.world_mentions import MentionCollator, MentionTrainer, unique_boxes
 from geode.trainers.world_model import make_config, make_processor
 from geode.trainers.world_scores import answer_records, blind_scores, score_answers
 
@@ -385,7 +387,10 @@ def train_curriculum(world: World, stage: str, *, source: str, **options: object
     """Train what stage 2 trains on some types of question: the curriculum, each part of which goes on from the one before."""
     set_seed(world.seed)
     model, processor = world.load(source)
-    trainer = curriculum_trainer(world, stage, model, processor, output_dir=world.out / stage, **options)
+    options = {"output_dir": world.out / stage, "trainer_class": MentionTrainer, **options}
+    trainer = curriculum_trainer(world, stage, model, processor, **options)
+    boxes = {name: unique_boxes(read_scene_record(world.rooms, name)) for name in world.train_scenes}
+    trainer.data_collator = MentionCollator(trainer.data_collator, boxes)
     trainer.train(resume_from_checkpoint=find_checkpoint(world.out / stage))
     metrics = trainer.evaluate()
     world.save(stage, trainer.geode_model, processor)
