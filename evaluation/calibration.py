@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import torch
 
 from geode.configuration.configuration_geode import GeodeConfig
-from geode.evaluation.vsi_bench.vsi_bench import guarded_score
+from geode.evaluation.vsi_bench.vsi_bench import guarded_score, to_float
 from geode.modeling_geode.answers_geode import convert_to_si
-from geode.modeling_geode.regression_geode import encode_values
+from geode.modeling_geode.regression_geode import encode_values, gaussian_quantile
 
 
+MIN_WIDTH = 1e-9  # in codec space: float32 may round both ends to one number
 ROUNDING = 1e-9  # 10 times 0.7 is a little more than 7
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
@@ -56,13 +57,14 @@ def conformal_quantile(errors: Sequence[float], coverage: float) -> float:
     return sorted(errors)[rank - 1]
 
 
-def measure_scales(lines: Sequence[dict], config: GeodeConfig) -> dict[str, dict]:
+def measure_scales(lines: Sequence[dict], config: GeodeConfig, *, coverage: float | None = None) -> dict[str, dict]:
     """
     Measure how wide the intervals of a model must be.
 
     Args:
         lines (`Sequence[dict]`): Predictions of `geode eval` on scenes that were not trained on.
-        config ([`GeodeConfig`]): The model that made them; with its `interval_coverage`.
+        config ([`GeodeConfig`]): The model that made them, with the coverage and the scales that it had.
+        coverage (`float`, *optional*): How often an interval shall hold the truth; the default is the model's `interval_coverage`.
 
     Returns:
         `dict[str, dict]`: For each control token of kind `"scalar"` that was answered with: `scale`, its new entry in
@@ -73,23 +75,27 @@ def measure_scales(lines: Sequence[dict], config: GeodeConfig) -> dict[str, dict
     """
     errors, scenes = defaultdict(list), defaultdict(set)
     for line in lines:
-        value = _scored_value(line)
+        truth, value = to_float(line["ground_truth"]), _scored_value(line)
         if value is None:
             continue
         entry = config.control_tokens[value["token"]]
-        truth = convert_to_si(float(line["ground_truth"]), line["unit"])
-        numbers = torch.tensor([[truth], [value["si_value"]], *([end] for end in value["si_interval"])])
-        true, found, low, high = encode_values(numbers.double(), entry).flatten().tolist()
-        errors[value["token"]].append(2.0 * abs(true - found) / (high - low))
+        numbers = [
+            [number] for number in (convert_to_si(truth, line["unit"]), value["si_value"], *value["si_interval"])
+        ]
+        true, found, low, high = encode_values(torch.tensor(numbers).double(), entry).flatten().tolist()
+        errors[value["token"]].append(2.0 * abs(true - found) / max(high - low, MIN_WIDTH))
         scenes[value["token"]].add(line["scene"])
     if not errors:
         raise ValueError(
             "No answer has an interval. Ask a model with `drh_config.uncertainty=True` about numbers, with `geode eval`."
         )
-    old, coverage = config.drh_config.interval_scales, config.drh_config.interval_coverage
+    drh = config.drh_config
+    coverage = drh.interval_coverage if coverage is None else coverage
+    # Errors are in half widths of the old coverage, a scale in those of the new one.
+    ratio = gaussian_quantile(drh.interval_coverage) / gaussian_quantile(coverage)
     return {
         token: {
-            "scale": old.get(token, 1.0) * conformal_quantile(found, coverage),
+            "scale": drh.interval_scales.get(token, 1.0) * ratio * conformal_quantile(found, coverage),
             "num_values": len(found),
             "num_scenes": len(scenes[token]),
         }
@@ -115,7 +121,7 @@ def interval_report(lines: Sequence[dict], scorer: str = "official") -> dict | N
         value = _scored_value(line)
         if value is not None:
             low, high = line["interval"]
-            truth = float(line["ground_truth"])
+            truth = to_float(line["ground_truth"])
             half, prediction = (high - low) / 2.0, float(line["prediction"])
             width = half / abs(prediction) if prediction else math.inf
             score = guarded_score(line["question_type"], line["prediction"], line["ground_truth"], scorer)
@@ -140,8 +146,9 @@ def _summary(rows: Sequence[tuple]) -> dict[str, float]:
 
 
 def _scored_value(line: dict) -> dict | None:
-    """The regressed number of a line that was scored, where it has an interval."""
-    if line.get("interval") is None:
+    """The regressed number of a line that was scored, where it has an interval and the truth is a measure."""
+    truth = to_float(line["ground_truth"])
+    if line.get("interval") is None or truth is None or not truth > 0:
         return None
     return next(value for value in line["values"] if value["kind"] == "scalar")
 

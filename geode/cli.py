@@ -91,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--model", metavar="PATH_OR_ID", required=True, help="the model that gave them")
     calibrate.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     calibrate.add_argument("--out", metavar="DIR", required=True, help="where the calibrated model goes")
+    calibrate.add_argument(
+        "--coverage",
+        metavar="SHARE",
+        type=float,
+        help="how often an interval shall hold the truth (default: the model's)",
+    )
     calibrate.set_defaults(run=_run_calibrate)
     _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
     return parser
@@ -358,7 +364,13 @@ def _run_eval(arguments: argparse.Namespace) -> None:
 def _run_calibrate(arguments: argparse.Namespace) -> None:
     from geode.evaluating import calibrate_model
 
-    calibrate_model(arguments.predictions, arguments.out, model=arguments.model, revision=arguments.revision)
+    calibrate_model(
+        arguments.predictions,
+        arguments.out,
+        model=arguments.model,
+        revision=arguments.revision,
+        coverage=arguments.coverage,
+    )
 
 
 def _run_rooms(arguments: argparse.Namespace) -> None:

@@ -103,6 +103,7 @@ def calibrate_model(
     *,
     model: str | os.PathLike,
     revision: str | None = None,
+    coverage: float | None = None,
 ) -> dict:
     """
     Measure how wide the intervals of a model must be, and save the model with that.
@@ -112,14 +113,17 @@ def calibrate_model(
         out (`str` or `os.PathLike`): Folder of the calibrated model; `calibration.json` in it says what it was measured on.
         model (`str` or `os.PathLike`): The model that gave the predictions.
         revision (`str`, *optional*): Branch, tag or commit of a checkpoint on the Hub.
+        coverage (`float`, *optional*): How often an interval shall hold the truth; the default is what the model promises.
 
     Returns:
         `dict`: What is in `calibration.json`.
 
     Raises:
         FileNotFoundError: If there are no predictions.
-        ValueError: If they are of another model or a control, or too few have intervals.
+        ValueError: If they are of another model or a control, too few have intervals, or `coverage` is no share.
     """
+    if coverage is not None and not 0.0 < coverage < 1.0:
+        raise ValueError(f"`coverage` must lie between 0 and 1, got {coverage}.")
     folder = Path(predictions)
     if not (folder / PREDICTIONS).is_file():
         raise FileNotFoundError(
@@ -133,8 +137,9 @@ def calibrate_model(
             f"The predictions in {folder} must be of {model} ({found}) and no control, got {run['model']} "
             f"({run['model_revision']}) and {run['control']!r}. Ask this model with `geode eval`."
         )
-    scales = measure_scales(read_lines(folder / PREDICTIONS), network.config)
+    scales = measure_scales(read_lines(folder / PREDICTIONS), network.config, coverage=coverage)
     drh = network.config.drh_config
+    drh.interval_coverage = drh.interval_coverage if coverage is None else coverage
     drh.interval_scales = {**drh.interval_scales, **{token: entry["scale"] for token, entry in scales.items()}}
     network.save_pretrained(out)
     checkpoint.processor.save_pretrained(out)

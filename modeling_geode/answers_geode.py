@@ -298,7 +298,8 @@ class Measurement:
             [`Measurement`]: The value in the asked unit.
 
         Raises:
-            ValueError: If a value is not finite, a scalar has more than one, or `abstain_above` is given without intervals.
+            ValueError: If a value is not finite, a scalar has more than one, or `abstain_above` is negative or given
+                without intervals.
         """
         numbers = tuple(_checked_number(value) for value in values)
         if kind != "vector" and len(numbers) != 1:
@@ -520,6 +521,8 @@ def interval_in(unit: str | None, value: float, low: float, high: float) -> tupl
 
 
 def _is_wide(token: str, numbers: Sequence[float], ends, limit: float) -> bool:
+    if not limit >= 0:
+        raise ValueError(f"`abstain_above` must not be negative, got {limit}. 0.25 keeps what is known to a quarter.")
     if ends is None:
         raise ValueError(
             f"`abstain_above={limit}` needs an interval, and {token} has none. Use a model with "

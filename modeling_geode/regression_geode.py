@@ -218,10 +218,8 @@ class GeodeRegressionHead(nn.Module):
                     for token, entry in self.entries.items()
                 }
             )
-        self.spreads = None
+        self.drh_config, self.spreads = drh, None
         if drh.uncertainty:
-            gaussian = NormalDist().inv_cdf((1.0 + drh.interval_coverage) / 2.0)
-            self.half_widths = {token: gaussian * drh.interval_scales.get(token, 1.0) for token in self.entries}
             # A box has none: what the interval of a yaw is, and whether its entries hold together, is another question.
             self.spreads = nn.ModuleDict(
                 {
@@ -345,7 +343,8 @@ class GeodeRegressionHead(nn.Module):
             if log_spread is None:
                 found.append(None)
                 continue
-            half = self.half_widths[token] * log_spread.exp()
+            scale = self.drh_config.interval_scales.get(token, 1.0)
+            half = scale * gaussian_quantile(self.drh_config.interval_coverage) * log_spread.exp()
             encoded = self._encoded(token, features)
             ends = decode_values(torch.cat([encoded - half, encoded + half]), self.entries[token])
             found.append(ends.T)
@@ -497,6 +496,20 @@ class GeodeRegressionHead(nn.Module):
             )
 
 
+def gaussian_quantile(coverage: float) -> float:
+    """
+    Half the width of the interval around its mean in which a Gaussian lies that often, in standard deviations.
+
+    Example:
+        ```python
+        >>> round(gaussian_quantile(0.9), 4)
+        1.6449
+
+        ```
+    """
+    return NormalDist().inv_cdf((1.0 + coverage) / 2.0)
+
+
 def _gaussian_nll(error: torch.Tensor, log_spread: torch.Tensor) -> torch.Tensor:
     """Negative logarithm of a Gaussian's likelihood but for a constant, the mean over entries, `(num_targets,)`."""
     return (0.5 * (error * (-log_spread).exp()).square() + log_spread).mean(dim=-1)
@@ -526,4 +539,11 @@ def _module_names(tokens: Iterable[str]) -> dict[str, str]:
     return names
 
 
-__all__ = ["GeodeRegressionHead", "RegressionOutput", "decode_values", "encode_values", "encoded_dim"]
+__all__ = [
+    "GeodeRegressionHead",
+    "RegressionOutput",
+    "decode_values",
+    "encode_values",
+    "encoded_dim",
+    "gaussian_quantile",
+]

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from geode.cli import main
 from geode.commands import load_checkpoint
-from geode.evaluating import evaluate_model
+from geode.evaluating import calibrate_model, evaluate_model
 from geode.evaluation.benchmark import load_benchmark
 from geode.evaluation.calibration import conformal_quantile, interval_report, interval_table, measure_scales
 from geode.evaluation.results import write_results
@@ -50,7 +50,7 @@ def test_too_few_values_say_how_many_are_needed():
 
 def config_of(transform: str = "log1p", **drh):
     config = tiny_config(drh_config={"uncertainty": True, **drh})
-    config.control_tokens["<REG>"]["codec"] = {"transform": transform, "mean": [0.5], "std": [0.4]}
+    config.control_tokens["<REG>"]["codec"] = {"transform": transform, "mean": [4.0], "std": [0.4]}
     return config
 
 
@@ -76,8 +76,8 @@ def made_up_lines(number: int, *, error: float, scale: float, seed: int, unit: s
         mean, spread = generator.gauss(0.0, 1.0), generator.choice((0.1, 0.4))
         truth = mean + error * spread * generator.gauss(0.0, 1.0)
         half = Z90 * scale * spread
-        # The codec by hand: log(1 + v) = 0.5 + 0.4 e.
-        true, value, low, high = (math.expm1(0.5 + 0.4 * e) for e in (truth, mean, mean - half, mean + half))
+        # The codec by hand: log(1 + v) = 4 + 0.4 e.
+        true, value, low, high = (math.expm1(4.0 + 0.4 * e) for e in (truth, mean, mean - half, mean + half))
         lines.append(line_of(true, value, low, high, scene=f"room_{index // 10}", unit=unit))
     return lines
 
@@ -107,6 +107,28 @@ def test_answers_without_intervals_cannot_calibrate():
     assert interval_report(lines) is None
     with pytest.raises(ValueError, match="No answer has an interval"):
         measure_scales(lines, config_of())
+
+
+@pytest.mark.parametrize("truth", ["0", "-1.5", "many", None])
+def test_truth_that_is_no_measure_is_left_out(truth):
+    lines = made_up_lines(20, error=1.0, scale=1.0, seed=0)
+    expected = interval_report(lines), measure_scales(lines, config_of())
+    broken = {**line_of(2.0, 2.0, 1.0, 3.0), "ground_truth": truth}
+    assert (interval_report([broken, *lines]), measure_scales([*lines, broken], config_of())) == expected
+
+
+def test_interval_without_width_calibrates():
+    lines = [line_of(2.0, 2.1, 2.1, 2.1), *made_up_lines(20, error=1.0, scale=1.0, seed=0)]
+    assert math.isfinite(measure_scales(lines, config_of())["<REG>"]["scale"])
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.8, 0.95])
+def test_another_coverage_is_met_by_the_new_scale(coverage):
+    scale = measure_scales(made_up_lines(4000, error=2.0, scale=1.0, seed=0), config_of(), coverage=coverage)
+    # The Gaussian's interval of the new coverage, in units of that of 90 percent, in which the lines are made.
+    scale = scale["<REG>"]["scale"] * NormalDist().inv_cdf((1 + coverage) / 2) / Z90
+    report = interval_report(made_up_lines(4000, error=2.0, scale=scale, seed=1))
+    assert report["types"]["overall"]["coverage"] == pytest.approx(coverage, abs=0.02)
 
 
 def test_report_counts_what_lies_within_and_answers_the_certain_first():
@@ -220,9 +242,17 @@ def test_calibrated_model_differs_by_its_scale_alone(folder, model_folder, predi
     assert report["overall"]["coverage"] >= 5 / 9
 
 
-def test_predictions_of_another_model_or_a_control_cannot_calibrate(folder, model_folder, predictions, tmp_path):
-    from geode.evaluating import calibrate_model
+def test_coverage_of_the_command_is_the_models_afterwards(model_folder, predictions, tmp_path):
+    out = tmp_path / "narrow"
+    arguments = ["calibrate", str(predictions), "--model", str(model_folder), "--out", str(out)]
+    main([*arguments, "--coverage", "0.25"])
+    assert load_checkpoint(out, None).model.config.drh_config.interval_coverage == 0.25
+    assert json.loads((out / "calibration.json").read_text())["coverage"] == 0.25
+    with pytest.raises(ValueError, match=r"`coverage` must lie between 0 and 1, got 90\.0"):
+        calibrate_model(predictions, tmp_path / "wrong", model=model_folder, coverage=90.0)
 
+
+def test_predictions_of_another_model_or_a_control_cannot_calibrate(folder, model_folder, predictions, tmp_path):
     other = tmp_path / "other"
     checkpoint = load_checkpoint(model_folder, None)
     checkpoint.model.config.drh_config.interval_coverage = 0.8

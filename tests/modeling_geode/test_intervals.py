@@ -105,6 +105,22 @@ def test_interval_is_the_gaussians_times_its_scale_in_codec_space(coverage, scal
         assert (value < ends[:, 1]).all()
 
 
+def test_settings_of_intervals_can_change_on_a_model_that_is_loaded():
+    model = make_model(drh_config={"uncertainty": True})
+    state, token = torch.ones(1, model.drh.hidden_size), torch.tensor([REG_TOKEN])
+
+    def half_width():
+        (ends,) = model.drh.decode_intervals(state, token)
+        low, high = encode_values(ends.T, model.drh.entries["<REG>"]).flatten().tolist()
+        return (high - low) / 2
+
+    before = half_width()
+    model.config.drh_config.interval_scales = {"<REG>": 2.0}
+    assert half_width() == pytest.approx(2 * before, rel=1e-4)
+    model.config.drh_config.interval_coverage = 0.5
+    assert half_width() == pytest.approx(2 * before * 0.6744898 / 1.6448536, rel=1e-4)
+
+
 def test_trained_spread_is_that_of_the_noise():
     """Targets of two kinds of state with noise of 0.1 and of 1: the interval holds nine of ten of each."""
     torch.manual_seed(0)
@@ -240,6 +256,12 @@ def test_wide_intervals_are_withheld():
         abstain_above=0.25,
     )
     assert answer.text.startswith("It is unknown m and [center")
+
+
+@pytest.mark.parametrize("limit", [-0.1, math.nan])
+def test_limit_that_is_no_share_is_named(limit):
+    with pytest.raises(ValueError, match="`abstain_above` must not be negative, got"):
+        measure(2.0, 1.5, 2.5, abstain_above=limit)
 
 
 def test_abstaining_needs_intervals():
