@@ -28,6 +28,7 @@ from geode.trainers.world import (
     run_stages,
 )
 from geode.trainers.world_card import build_world_card
+from geode.trainers.world_mentions import MentionTrainer
 
 
 @pytest.fixture
@@ -98,6 +99,34 @@ def test_curriculum_asks_rare_questions_as_often_as_it_says(world, monkeypatch):
         # An evaluation asks each once, of held-out rooms alone.
         assert {record.scene for record in found["eval_dataset"]} == {held_out}
         assert Counter(record.question_type for record in found["eval_dataset"]) == Counter(dict.fromkeys(times, 1))
+
+
+def test_curriculum_learns_what_questions_about_training_rooms_name(world, monkeypatch):
+    made = {}
+
+    class Trainer:
+        data_collator, geode_model = "batches", "model"
+        train = evaluate = end = lambda self, **options: {"loss": 1.0}
+
+    def make(*given, **options):
+        made["options"], made["trainer"] = options, Trainer()
+        return made["trainer"]
+
+    monkeypatch.setattr(World, "load", lambda *given: ("model", "processor"))
+    monkeypatch.setattr(World, "save", lambda *given: None)
+    monkeypatch.setattr(World, "train_scenes", ["room_1", "room_2"])
+    box = [1.0, 2.0, 0.5, 1.0, 1.0, 1.0, 0.0]
+    scene = {"objects": [{"category": "bed", "box": box}]}
+    monkeypatch.setattr(module, "read_scene_record", lambda folder, name: scene)
+    monkeypatch.setattr(module, "curriculum_trainer", make)
+    monkeypatch.setattr(module, "MentionCollator", lambda *given: given)
+    assert module.train_curriculum(world, "measure", source="locate", drm_path="drm") == {"loss": 1.0}
+    assert made["options"] == {
+        "output_dir": world.out / "measure",
+        "trainer_class": MentionTrainer,
+        "drm_path": "drm",
+    }
+    assert made["trainer"].data_collator == ("batches", {"room_1": {"bed": box}, "room_2": {"bed": box}})
 
 
 def test_curriculum_has_the_rationale_module_of_stage_1(world, monkeypatch):

@@ -102,7 +102,7 @@ def root(tmp_path_factory):
 
 RECORDS = [dataclasses.replace(record, scene="one") for record in make_records(count=6)]
 # Words that the questions have, which stand for categories.
-BOXES = {"one": {"bed": BED, "the": BIN, "room": BED}}
+BOXES = {"one": {"bed": BED, "the": BIN, "room": BED, "is": BIN, "of": BED, "to": BIN}}
 
 
 def make_trainer(root, folder, kind=MentionTrainer, *, records=RECORDS, **changes):
@@ -152,6 +152,7 @@ def test_terms_are_those_of_a_loop_and_are_added_to_the_loss(root, tmp_path):
     plain = make_trainer(root, tmp_path / "plain", GeodeStage2Trainer)
     batch = trainer.data_collator([RECORDS, RECORDS[:3]])
     boxes, is_visible = batch["mention_boxes"], batch["attention_mask"][:, 0]
+    assert (is_visible & ~boxes.isnan().any(dim=-1)[:, None]).sum(dim=-1).max() > 3  # a question names more than three
     without = {name: value for name, value in batch.items() if name != "mention_boxes"}
     states = trainer.model.eval()(**without, output_hidden_states=True).hidden_states
     with torch.no_grad():
