@@ -55,6 +55,8 @@ class MixtureSource:
             proportion to the numbers of rows spread every dataset evenly over the whole.
         skip_missing_media (`bool`, defaults to `False`): Leave out rows whose video or image is not there, and say how many.
         options (`dict`, *optional*): Options of the reader, such as `geometry_pattern` of the readers of boxes.
+        bare_fraction (`float`, defaults to 0.0): Share of the questions that are asked as people ask them, without the lines that
+            VSI-Bench puts before and after a question.
     """
 
     reader: str
@@ -67,6 +69,7 @@ class MixtureSource:
     weight: float = 1.0
     skip_missing_media: bool = False
     options: dict | None = None
+    bare_fraction: float = 0.0
 
     def __post_init__(self):
         if not isinstance(self.reader, str) or self.reader not in READERS:
@@ -87,11 +90,12 @@ class MixtureSource:
             )
         if self.options is not None and not isinstance(self.options, dict):
             raise ValueError(f"`options` of {self.reader} must be a mapping, got {self.options!r}.")
-        for name, most in (("fraction", 1.0), ("weight", float("inf"))):
-            value = getattr(self, name)
+        for name, most in (("fraction", 1.0), ("weight", float("inf")), ("bare_fraction", 1.0)):
+            value, may_be_zero = getattr(self, name), name == "bare_fraction"
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or not 0.0 < value <= most:
-                raise ValueError(f"`{name}` of {self.reader} must lie in (0, {most:g}], got {value!r}.")
+            if not is_number or not 0.0 <= value <= most or (value == 0.0 and not may_be_zero):
+                start = "[" if may_be_zero else "("
+                raise ValueError(f"`{name}` of {self.reader} must lie in {start}0, {most:g}], got {value!r}.")
 
     def root(self, data_root: str | Path) -> Path:
         """
@@ -159,6 +163,8 @@ class MixtureSource:
             stream = stream.filter(_is_taken, fn_kwargs=settings)
         if self.skip_missing_media:
             stream = stream.filter(_ExistingMedia(self.reader, self.media_folder(data_root)))
+        if self.bare_fraction:
+            stream = stream.map(_bare, fn_kwargs={"seed": seed, "fraction": self.bare_fraction})
         return stream.map(_trusted) if suspect_labels == "keep" else stream
 
 
@@ -351,9 +357,17 @@ def _known_fields(kind: type, content, what: str) -> dict:
 def _is_taken(record: dict, *, seed: int, fraction: float, drops_suspect: bool) -> bool:
     if drops_suspect and record["label_suspect"]:
         return False
-    if fraction == 1.0:
-        return True
-    digest = hashlib.blake2b(record["uid"].encode(), digest_size=8, key=str(seed).encode()).digest()
+    return _is_drawn(record["uid"], fraction, key=str(seed))
+
+
+def _bare(record: dict, *, seed: int, fraction: float) -> dict:
+    # Another key than that of the share of rows, or the rows of a small share would all be bare.
+    is_bare = _is_drawn(record["uid"], fraction, key=f"bare {seed}")
+    return {**record, "prompt": schemas.bare_prompt(record["prompt"])} if is_bare else record
+
+
+def _is_drawn(uid: str, fraction: float, *, key: str) -> bool:
+    digest = hashlib.blake2b(uid.encode(), digest_size=8, key=key.encode()).digest()
     return int.from_bytes(digest, "big") < fraction * _HASH_SPAN
 
 

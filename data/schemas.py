@@ -190,6 +190,27 @@ def benchmark_prompt(question: str, options: list[str] | None = None) -> str:
     return "\n".join([PRE_PROMPT, question, NUMBER_POST_PROMPT])
 
 
+def bare_prompt(prompt: str) -> str:
+    r"""
+    Return a prompt without the lines of [`benchmark_prompt`] before and after the question.
+
+    Args:
+        prompt (`str`): A prompt, of the benchmark or not.
+
+    Returns:
+        `str`: Question and options.
+
+    Example:
+    ```python
+    >>> bare_prompt(benchmark_prompt("How high is the lamp?"))
+    'How high is the lamp?'
+
+    ```
+    """
+    prompt = prompt.removeprefix(f"{PRE_PROMPT}\n")
+    return prompt.removesuffix(f"\n{NUMBER_POST_PROMPT}").removesuffix(f"\n{CHOICE_POST_PROMPT}")
+
+
 @lru_cache(maxsize=1024)
 def default_unit(question_type: str | None) -> str | None:
     """
@@ -407,6 +428,7 @@ __all__ = [
     "PRE_PROMPT",
     "Record",
     "answer_fields",
+    "bare_prompt",
     "benchmark_prompt",
     "conversation_fields",
     "default_unit",

@@ -13,7 +13,7 @@ import torch
 import geode.data.mixtures as mixtures
 from geode.data.mixtures import Mixture, MixtureSource, mixture_path
 from geode.data.readers.common import RECORD_FEATURES
-from geode.data.schemas import Record
+from geode.data.schemas import Record, bare_prompt
 from tests.data.common_mixtures import make_data, vsi_row, write_lines
 
 
@@ -124,6 +124,25 @@ def test_fraction_takes_its_share_of_rows_and_smaller_ones_are_nested(data):
     assert taken(0.5, seed=1) != half
 
 
+def test_bare_fraction_takes_the_benchmarks_lines_from_its_share_of_prompts(data):
+    def prompts(**options):
+        source = MixtureSource(reader="vsi_590k", path="VSI-590K", **options)
+        return {record["uid"]: record["prompt"] for record in source.stream(data)}
+
+    plain, bare = prompts(), prompts(bare_fraction=0.5)
+    wordy = {uid for uid, prompt in plain.items() if bare_prompt(prompt) != prompt}
+    changed = {uid for uid, prompt in plain.items() if bare[uid] != prompt}
+    assert plain.keys() == bare.keys()
+    assert prompts(bare_fraction=1.0) == {uid: bare_prompt(prompt) for uid, prompt in plain.items()}
+    assert changed < wordy
+    assert all(bare[uid] == bare_prompt(plain[uid]) for uid in changed)
+    # Four standard deviations of the binomial; of a share of the rows, the same share is bare.
+    assert abs(len(changed) - len(wordy) / 2) < 2 * len(wordy) ** 0.5
+    fewer = prompts(bare_fraction=0.5, fraction=0.5)
+    assert abs(len(changed & fewer.keys()) - len(wordy) / 4) < 2 * len(wordy) ** 0.5
+    assert {uid: bare[uid] for uid in fewer} == fewer
+
+
 def test_load_gives_the_records_of_the_stream_at_random_access(data, tmp_path):
     loaded = stage2().load(data, cache_dir=tmp_path)
     assert loaded.features == RECORD_FEATURES
@@ -229,6 +248,10 @@ def test_from_yaml_takes_the_name_of_its_file(tmp_path):
         ("sources: [{reader: vica, path: x, fraction: 1.5}]", "got 1.5"),
         ("sources: [{reader: vica, path: x, fraction: 1e-1}]", "got '1e-1'"),  # YAML reads this as text
         ("sources: [{reader: vica, path: x, weight: -1}]", "`weight` of vica"),
+        (
+            "sources: [{reader: vica, path: x, bare_fraction: 2}]",
+            r"`bare_fraction` of vica must lie in \[0, 1\], got 2",
+        ),
         ("sources: [{reader: vica, path: x, revision: 1234567}]", "`revision` .* in quotes .* got 1234567"),
         ("sources: [{reader: vica, path: x, data_files: y}]", "`data_files` of vica must be a list"),
         (
