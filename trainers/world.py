@@ -100,13 +100,13 @@ NUM_TEST = 100  # scenes of the test split that are asked about in the end
 STEPS = {
     "vision_tower": 4000,
     "point_encoder": 1600,
-    "language_model": 1200,
+    "language_model": 600,
     "lookup": 2500,
     "alignment": 100,
     "stage1": 200,
-    "locate": 1600,
-    "measure": 2200,
-    "stage2": 600,
+    "locate": 1000,
+    "measure": 1800,
+    "stage2": 400,
 }
 # How often each type of question is asked in an epoch. A room has some twenty distances and few counts and sizes.
 CURRICULUM = {

@@ -9,9 +9,11 @@ answers, each one a step of what they need, wherever a question names things of 
 1. the state of a name, after two fifths of the layers, has the box of what it names, read by the head of `<3DBBOX>`;
 2. the same state knows whether it is the first, second or third name of its question;
 3. every later token of the question and of its answer has the boxes of those names, a fifth of the layers on;
-4. and after another fifth, where the third is from the first for one who faces the second.
+4. and after another fifth, where the third is from the first for one who faces the second;
+5. before the last layer, the last token of each option knows the option's letter, and whether it is the right one; and the mean over
+   the options of a question has the letter of the right one.
 
-What reads 2, 3 and 4 is thrown away.
+What reads 2 to 5 is thrown away.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,7 @@ from geode.trainers.stage2_trainer import GeodeStage2Trainer
 BOX_TOKEN, BOX_DIM = "<3DBBOX>", 7
 NUM_PLACES = 3  # the first, second and third name of a question
 PLACE_WEIGHT = 0.3
+LETTERS, NO_OPTION, ANSWER = "ABCD", -1, 2
 HEADS_FILE = "name_heads.safetensors"
 
 
@@ -58,7 +61,8 @@ class MentionCollator:
         boxes (`dict[str, dict[str, list[float]]]`): By scene and category; see [`unique_boxes`].
 
     A batch has `mention_boxes` too, of shape `(batch_size, sequence_length, 7)`: boxes in SI units at the last token of each name, NaN
-    elsewhere.
+    elsewhere. And `options` of shape `(batch_size, sequence_length, 2)`: at the last token of each option its letter from 0, and 1 if it
+    is the right one, otherwise 0; at the letter that answers, this letter and 2; -1 and 0 elsewhere.
     """
 
     def __init__(self, collator: GeodeDataCollator, boxes: Mapping[str, Mapping[str, Sequence[float]]]):
@@ -66,13 +70,18 @@ class MentionCollator:
         categories = sorted({category for found in boxes.values() for category in found})
         ids = collator.processor.tokenizer([f" {category}" for category in categories])["input_ids"]
         self.names = [(category, torch.tensor(tokens)) for category, tokens in zip(categories, ids, strict=True)]
+        self.letters = collator.processor.tokenizer.convert_tokens_to_ids(list(LETTERS))
+        (self.dot,), (self.line_end,) = collator.processor.tokenizer([".", "\n"])["input_ids"]
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Make a batch."""
         batch = self.collator(examples)
         scenes = [records_of(example)[0].scene for example in examples]
         boxes = [self._mentioned(ids, scene) for ids, scene in zip(batch["input_ids"], scenes, strict=True)]
-        return {**batch, "mention_boxes": torch.stack(boxes)}
+        options = [
+            self._options(*row) for row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
+        ]
+        return {**batch, "mention_boxes": torch.stack(boxes), "options": torch.tensor(options)}
 
     def _mentioned(self, input_ids: torch.Tensor, scene: str) -> torch.Tensor:
         found = torch.full((len(input_ids), BOX_DIM), torch.nan)
@@ -82,6 +91,20 @@ class MentionCollator:
                 continue
             (starts,) = (input_ids.unfold(0, len(tokens), 1) == tokens).all(dim=1).nonzero(as_tuple=True)
             found[starts + len(tokens) - 1] = torch.tensor(box)
+        return found
+
+    def _options(self, input_ids: list[int], labels: list[int]) -> list[list[int]]:
+        found, answer, end = [[NO_OPTION, 0] for _ in input_ids], None, None
+        # From the end, for an answer is behind its options.
+        for position in range(len(input_ids) - 2, 0, -1):
+            token = input_ids[position]
+            if labels[position] in self.letters:
+                answer = position
+            elif token == self.line_end:
+                end = position
+            elif token in self.letters and input_ids[position + 1] == self.dot and None not in (answer, end):
+                found[end - 1] = [self.letters.index(token), int(token == input_ids[answer])]
+                found[answer] = [self.letters.index(input_ids[answer]), ANSWER]
         return found
 
 
@@ -129,7 +152,7 @@ def turns(centers: torch.Tensor) -> torch.Tensor:
 
 class NameHeads(nn.Module):
     """
-    What reads states for the terms 2 to 4, and is thrown away.
+    What reads states for the terms 2 to 5, and is thrown away.
 
     Args:
         hidden_size (`int`): Of the language model.
@@ -140,7 +163,9 @@ class NameHeads(nn.Module):
         super().__init__()
         self.place = nn.Linear(hidden_size, NUM_PLACES + 1)  # the last is "a later one"
         self.boxes = nn.ModuleList(_perceptron(hidden_size, box_dim) for _ in range(NUM_PLACES))
-        self.turn = _perceptron(hidden_size, 2)
+        self.turn = nn.Linear(hidden_size, 2)
+        self.option = nn.Linear(hidden_size, len(LETTERS) + 1)
+        self.answer = nn.Linear(hidden_size, len(LETTERS))
 
 
 def _perceptron(hidden_size: int, out_size: int) -> nn.Sequential:
@@ -159,6 +184,7 @@ class MentionTrainer(GeodeStage2Trainer):
         config = self.geode_model.config
         depth = config.text_config.num_hidden_layers
         self.name_layer, self.box_layer, self.turn_layer = (max(1, fifths * depth // 5) for fifths in (2, 3, 4))
+        self.option_layer = max(1, depth - 1)
         self.entry = config.control_tokens[BOX_TOKEN]
         self.heads = NameHeads(config.text_config.hidden_size, encoded_dim(self.entry)).to(self.args.device)
         self._terms: dict[str, list[float]] = {}
@@ -177,14 +203,47 @@ class MentionTrainer(GeodeStage2Trainer):
         """Add the terms to the loss."""
         inputs = dict(inputs)
         boxes = inputs.pop("mention_boxes", None)
+        options = inputs.pop("options", None)
         if boxes is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, {**inputs, "output_hidden_states": True}, True, num_items_in_batch)
         terms = self.name_losses(outputs.hidden_states, boxes, inputs["attention_mask"][:, 0])
+        terms |= self.option_losses(outputs.hidden_states[self.option_layer], options, inputs["attention_mask"][:, 0])
         for name, term in terms.items():
             self._terms.setdefault(f"names/{name}", []).append(term.item())
         loss = loss + terms["box"] + PLACE_WEIGHT * terms["place"] + terms["later_box"] + terms["turn"]
+        loss = loss + PLACE_WEIGHT * terms["letter"] + terms["right"] + terms["answer"]
         return (loss, outputs) if return_outputs else loss
+
+    def option_losses(
+        self, states: torch.Tensor, options: torch.Tensor, is_visible: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """
+        Compute the terms of options.
+
+        Args:
+            states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`): Before the last layer.
+            options (`torch.LongTensor` of shape `(batch_size, length, 2)`): See [`MentionCollator`].
+            is_visible (`torch.BoolTensor` of shape `(batch_size, length, length)`): The mask of a pack.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `letter`, `right` and `answer`, of shape `()`.
+        """
+        states = self.geode_model.model.language_model.norm(states)
+        is_answer = options[..., 1] == ANSWER
+        is_end = (options[..., 0] != NO_OPTION) & ~is_answer
+        letters, rights = options[is_end].unbind(dim=-1)
+        logits = self.heads.option(states[is_end])
+        # What attention that is still uniform makes of the options of a question.
+        seen = (is_visible & is_end[:, None]).to(states.dtype)
+        pooled = ((seen @ states) / seen.sum(dim=-1, keepdim=True).clamp(min=1))[is_answer]
+        right_sum = F.binary_cross_entropy_with_logits(logits[:, 0], rights.to(logits.dtype), reduction="sum")
+        answer_sum = F.cross_entropy(self.heads.answer(pooled), options[is_answer][:, 0], reduction="sum")
+        return {
+            "letter": F.cross_entropy(logits[:, 1:], letters, reduction="sum") / max(1, len(letters)),
+            "right": right_sum / max(1, len(letters)),
+            "answer": answer_sum / max(1, len(pooled)),
+        }
 
     def name_losses(
         self, hidden_states: Sequence[torch.Tensor], boxes: torch.Tensor, is_visible: torch.Tensor

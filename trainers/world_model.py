@@ -22,7 +22,7 @@ from geode.modeling_geode.video_processing_geode import GeodeImageProcessor
 
 IMAGE_SIZE, PATCH_SIZE, NUM_FRAMES, NUM_RATIONALE_TOKENS = 112, 14, 8, 16
 GRID_SIZE_M, MAX_POINTS, MAX_CONTEXT_TOKENS = 0.125, 4096, 1024
-HIDDEN_SIZE, NUM_LAYERS = 128, 5  # two to look things up, then their boxes, the turn, the answer
+HIDDEN_SIZE, NUM_LAYERS = 128, 6  # two to look things up, then their boxes, the turn, the right option, the answer
 VISION_SIZE, DRM_SIZE = 128, 96
 VOCAB_SIZE, NUM_PHRASES, MIN_PHRASE_COUNT = 2048, 80, 40
 TURNS = ("left", "right", "back", "front", "Left", "Right", "Back", "Turn")

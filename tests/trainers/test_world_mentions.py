@@ -45,9 +45,12 @@ class Written:
         self.processor = dataclasses.make_dataclass("Processor", ["tokenizer"])(tokenizer)
 
     def __call__(self, examples):
-        rows = [self.processor.tokenizer(example[0].prompt)["input_ids"] for example in examples]
-        longest = max(map(len, rows))
-        return {"input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows])}
+        texts = [(example[0].prompt, example[0].answer_text) for example in examples]
+        rows = [self.processor.tokenizer(list(text))["input_ids"] for text in texts]
+        longest = max(len(asked + answered) for asked, answered in rows)
+        ids = [[0] * (longest - len(asked + answered)) + asked + answered for asked, answered in rows]
+        labels = [[-100] * (longest - len(answered)) + answered for _, answered in rows]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
 
 
 def test_boxes_stand_at_the_last_token_of_each_name():
@@ -61,13 +64,28 @@ def test_boxes_stand_at_the_last_token_of_each_name():
         ids, expected = batch["input_ids"][row], {}
         for category, box in boxes[scene].items():
             end = prompt.index(f" {category}") + len(category) + 1
-            expected[
-                len(ids) - len(tokenizer(prompt)["input_ids"]) + len(tokenizer(prompt[:end])["input_ids"]) - 1
-            ] = box
+            behind = sum(map(len, tokenizer([prompt[end:], "A room."])["input_ids"]))
+            expected[len(ids) - behind - 1] = box
         named = ~batch["mention_boxes"][row].isnan().any(dim=-1)
         assert sorted(named.nonzero().flatten().tolist()) == sorted(expected)
         for column, box in expected.items():
             assert batch["mention_boxes"][row, column].tolist() == box
+
+
+def test_options_stand_at_their_last_token_with_their_letters():
+    tokenizer = train_tokenizer(["Options:\nA. left\nB. right\nC. front-left"], 300)
+    texts = {
+        "Where?\nOptions:\nA. left\nB. front-left\nC. right\nAnswer with the letter.\n": "B\n",
+        "A. B. is it\nso?": "2.5",
+    }
+    collator = MentionCollator(Written(tokenizer), {"a": {"bed": BED}})
+    batch = collator([[text_record(prompt, answer, scene="a")] for prompt, answer in texts.items()])
+    found = {}
+    for row, column in (batch["options"][..., 0] >= 0).nonzero().tolist():
+        text = tokenizer.decode(batch["input_ids"][row, : column + 1])
+        found[row, text.rpartition("\n")[2]] = batch["options"][row, column].tolist()
+    assert found == {(0, "A. left"): [0, 0], (0, "B. front-left"): [1, 1], (0, "C. right"): [2, 0], (0, "B"): [1, 2]}
+    assert batch["options"][batch["options"][..., 0] < 0].unique(dim=0).tolist() == [[-1, 0]]
 
 
 def test_places_are_those_of_the_names_that_a_token_sees():
@@ -120,7 +138,7 @@ def make_trainer(root, folder, kind=MentionTrainer, *, records=RECORDS, **change
 
 
 def terms_by_loop(trainer, states, boxes, is_visible) -> dict[str, float]:
-    """The three terms, token by token."""
+    """The four terms of names, token by token."""
     network, heads = trainer.geode_model, trainer.heads
     entry, norm = network.drh.entries[BOX_TOKEN], network.model.language_model.norm
     box, place, later, turn = [], [], [[], [], []], []
@@ -147,35 +165,62 @@ def terms_by_loop(trainer, states, boxes, is_visible) -> dict[str, float]:
     return {"box": mean(box), "place": mean(place), "later_box": later_box, "turn": mean(turn)}
 
 
+def option_terms_by_loop(trainer, states, options) -> dict[str, float]:
+    """The three terms of options, token by token; a question's options come before its answer."""
+    letters, rights, answers, ends = [], [], [], []
+    for row, column in (options[..., 0] >= 0).nonzero().tolist():
+        letter, kind = options[row, column].tolist()
+        state = trainer.geode_model.model.language_model.norm(states[row, column])
+        if kind == 2:
+            logits = trainer.heads.answer(torch.stack(ends).mean(dim=0))
+            answers.append(-logits.log_softmax(-1)[letter].item())
+            ends = []
+            continue
+        ends.append(state)
+        logits = trainer.heads.option(state)
+        letters.append(-logits[1:].log_softmax(-1)[letter].item())
+        rights.append(-(logits[0] if kind else -logits[0]).sigmoid().log().item())
+    mean = statistics.fmean
+    return {"letter": mean(letters), "right": mean(rights), "answer": mean(answers)}
+
+
 def test_terms_are_those_of_a_loop_and_are_added_to_the_loss(root, tmp_path):
     trainer = make_trainer(root, tmp_path)
     plain = make_trainer(root, tmp_path / "plain", GeodeStage2Trainer)
     batch = trainer.data_collator([RECORDS, RECORDS[:3]])
     boxes, is_visible = batch["mention_boxes"], batch["attention_mask"][:, 0]
     assert (is_visible & ~boxes.isnan().any(dim=-1)[:, None]).sum(dim=-1).max() > 3  # a question names more than three
-    without = {name: value for name, value in batch.items() if name != "mention_boxes"}
+    without = {name: value for name, value in batch.items() if name not in ("mention_boxes", "options")}
     states = trainer.model.eval()(**without, output_hidden_states=True).hidden_states
     with torch.no_grad():
         found = trainer.name_losses(states, boxes, is_visible)
+        found |= trainer.option_losses(states[trainer.option_layer], batch["options"], is_visible)
         expected = terms_by_loop(trainer, states, boxes, is_visible)
+        expected |= option_terms_by_loop(trainer, states[-2], batch["options"])
     assert {name: term.item() for name, term in found.items()} == pytest.approx(expected, rel=1e-4)
-    added = expected["box"] + 0.3 * expected["place"] + expected["later_box"] + expected["turn"]
+    assert (batch["options"][..., 1] == 2).sum() > 1  # questions with options
+    weights = {"place": 0.3, "letter": 0.3}
+    added = sum(weights.get(name, 1.0) * term for name, term in expected.items())
     loss = trainer.compute_loss(trainer.model.eval(), batch).item()
     assert loss == pytest.approx(plain.compute_loss(plain.model.eval(), without).item() + added, rel=1e-4)
-    assert "mention_boxes" in batch  # the caller's batch stays whole
+    assert {"mention_boxes", "options"} <= batch.keys()  # the caller's batch stays whole
 
 
 def test_layers_after_the_names_learn_nothing_from_their_boxes(root, tmp_path):
     trainer = make_trainer(root, tmp_path)
     batch = trainer.data_collator([RECORDS])
-    boxes, is_visible = batch.pop("mention_boxes"), batch["attention_mask"][:, 0]
+    boxes, options, is_visible = batch.pop("mention_boxes"), batch.pop("options"), batch["attention_mask"][:, 0]
     ends = {"box": trainer.name_layer, "place": trainer.name_layer}
     ends |= {"later_box": trainer.box_layer, "turn": trainer.turn_layer}
+    ends |= dict.fromkeys(("letter", "right", "answer"), trainer.option_layer)
     for term, last in ends.items():
         network = trainer.model.train()
         network.zero_grad()
         states = network(**batch, output_hidden_states=True).hidden_states
-        trainer.name_losses(states, boxes, is_visible)[term].backward()
+        terms = trainer.name_losses(states, boxes, is_visible) | trainer.option_losses(
+            states[trainer.option_layer], options, is_visible
+        )
+        terms[term].backward()
         layers = network.model.language_model.layers
         learns = [any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in layers]
         assert learns == [index < last for index in range(len(layers))], term
@@ -185,7 +230,8 @@ def test_nothing_named_adds_nothing(root, tmp_path):
     trainer = make_trainer(root, tmp_path)
     batch = trainer.data_collator([RECORDS])
     batch["mention_boxes"].fill_(torch.nan)
-    without = {name: value for name, value in batch.items() if name != "mention_boxes"}
+    batch["options"].fill_(-1)
+    without = {name: value for name, value in batch.items() if name not in ("mention_boxes", "options")}
     losses = [trainer.compute_loss(trainer.model.eval(), inputs) for inputs in (without, batch)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     losses[1].backward()
@@ -204,7 +250,9 @@ def test_interrupted_run_goes_on_with_the_heads_that_it_had(root, tmp_path):
         torch.testing.assert_close(resumed.heads.state_dict()[name], value)
     losses = [[entry["loss"] for entry in steps(trainer)] for trainer in (whole, resumed)]
     assert losses[1][-2:] == pytest.approx(losses[0][-2:], rel=1e-5)
-    assert {"names/box", "names/place", "names/later_box", "names/turn"} <= steps(whole)[0].keys()
+    assert {"names/box", "names/place", "names/later_box", "names/turn", "names/letter", "names/answer"} <= steps(
+        whole
+    )[0].keys()
     assert whole.evaluate()["eval_loss"] > 0
     # The heads are no part of the model.
     assert not any("heads" in name and not name.startswith("drh.") for name in whole.model.state_dict())
