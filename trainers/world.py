@@ -105,8 +105,8 @@ STEPS = {
     "alignment": 100,
     "stage1": 200,
     "locate": 1000,
-    "measure": 1800,
-    "stage2": 400,
+    "measure": 1500,
+    "stage2": 300,
 }
 # How often each type of question is asked in an epoch. A room has some twenty distances and few counts and sizes.
 CURRICULUM = {
