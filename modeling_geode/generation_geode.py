@@ -3,6 +3,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -13,6 +14,8 @@ from transformers.generation import (
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
 )
+
+from .shared_prefix_geode import SharedPrefixCache, run_rows
 
 
 # Arguments of `GeodeModel.embed_inputs`, which `generate` uses up before decoding starts.
@@ -341,7 +344,9 @@ class GeodeGenerationMixin(GenerationMixin):
         if prompt["attention_mask"] is not None:
             known = prompt["attention_mask"].repeat_interleave(len(mask) // len(prompt["attention_mask"]), dim=0)
             mask[:, : known.shape[1]] = known
-        stepped = self.model.language_model(
+        shares_prefix = isinstance(cache, SharedPrefixCache)
+        run = partial(run_rows, self.model.language_model) if shares_prefix else self.model.language_model
+        stepped = run(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1)[:, -1:],
@@ -391,7 +396,7 @@ def _with_last_layer(selection):
 def _holds_all_but_the_last(outputs) -> bool:
     """Whether the cache can take one more token: beams reorder its rows, and a static one may be full."""
     cache = outputs.get("past_key_values")
-    if "beam_indices" in outputs or not isinstance(cache, DynamicCache):
+    if "beam_indices" in outputs or not isinstance(cache, DynamicCache | SharedPrefixCache):
         return False
     return cache.get_seq_length() >= outputs.sequences.shape[1] - 1
 

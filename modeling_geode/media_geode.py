@@ -28,7 +28,7 @@ from .media_inputs_geode import (
 )
 from .rationale_geode import CAMERA_POSE_DIM, RationaleOutput
 from .reconstruction_geode import reconstruct_with_vggt
-from .scene_encoding_geode import SceneEncoding, digest_of
+from .scene_encoding_geode import SceneEncoding, check_encoder_digest, digest_of_parts
 from .scene_geode import SceneGeometry
 from .vggt_geode import VggtModel
 from .video_processing_geode import GeodeImageProcessor, load_image
@@ -507,14 +507,19 @@ class GeodeMediaMixin:
             `str`: Equal for two models exactly if their tokens of a scene are interchangeable.
         """
         names = ("vision_tower", "multi_modal_projector", "point_encoder", "drm", "feature_injection")
-        parts = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-        # Hashing takes longer than encoding on a GPU, so it is done again only after a tensor has changed.
-        state = tuple((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors.values())
-        if getattr(self, "_digest", (None, None))[0] != state:
-            settings = {name: self.config.to_dict()[name] for name in ENCODER_SETTINGS}
-            self._digest = state, digest_of(tensors, settings)
-        return self._digest[1]
+        return digest_of_parts(self, names, ENCODER_SETTINGS)
+
+    def language_digest(self) -> str:
+        """Digest of the weights and settings of the language model, as [`~GeodeModel.encoder_digest`] of the encoders."""
+        return digest_of_parts(self, ("language_model",), ("text_config",))
+
+    def reconstructor_digest(self) -> str | None:
+        """Digest of the weights and settings of the reconstructor; None without one."""
+        return (
+            None
+            if self.reconstructor is None
+            else digest_of_parts(self, ("reconstructor",), ("reconstructor_config",))
+        )
 
     def get_placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor
@@ -678,7 +683,8 @@ class GeodeMediaMixin:
             scene_mask (`torch.BoolTensor` of shape `(batch_size, num_scenes)`, *optional*): Valid scenes.
             rationale_features (`torch.Tensor`, *optional*): Rationale tokens computed before, instead of geometry.
             mm_encoder_outputs (`dict`, *optional*):
-                Outputs of `get_image_features` and `get_video_features` computed before, under `"image"` and `"video"`.
+                Outputs of `get_image_features` and `get_video_features` computed before, under `"image"` and `"video"`. Where
+                `"encoder_digest"` is given as well, it must be [`~GeodeModel.encoder_digest`].
             vision_feature_layer (`int`, *optional*): Layer of the vision tower that is read; default of the config.
             vision_feature_select_strategy (`str`, *optional*): `"default"` drops the class token, `"full"` keeps it.
             use_visual_tokens (`bool`, defaults to `True`): False where the prompt has no placeholders for the frames of its
@@ -691,6 +697,8 @@ class GeodeMediaMixin:
             `rationale_features` of shape `(batch_size, num_scenes, num_rationale_tokens, hidden_size)`.
         """
         given = dict(mm_encoder_outputs or {})
+        if given.get("encoder_digest") is not None:
+            check_encoder_digest(given["encoder_digest"], self.encoder_digest())
         check_media(pixel_values_videos, video_features, vision_feature_layer, vision_feature_select_strategy)
         video_pixels = pixel_values_videos if video_features is None else video_features
         for name, pixels in (("image", pixel_values), ("video", video_pixels)):

@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from geode.configuration.configuration_geode import GeodeConfig
 
+from .asking_geode import GeodeAskingMixin
 from .generation_geode import MEDIA_INPUTS, GeodeGenerationMixin
 from .hub_geode import GeodeHubModel
 from .mamba_geode import GeodeMambaMixer, init_mamba_weights
@@ -29,6 +31,7 @@ from .rationale_geode import (
 )
 from .regression_geode import GeodeRegressionHead
 from .scene_encoding_geode import SceneEncoding
+from .shared_prefix_geode import SharedPrefixCache, run_rows
 from .sonata_geode import SonataModel
 from .vggt_geode import VggtModel
 
@@ -265,8 +268,11 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
             inputs_embeds = torch.where(placeholders[..., None], media_embeds.to(inputs_embeds), inputs_embeds)
         if feedback_embeds is not None:
             inputs_embeds = inputs_embeds + feedback_embeds.to(inputs_embeds)
-        outputs = self.language_model(
-            attention_mask=prepared_mask(attention_mask, self.language_model.config, dtype=inputs_embeds.dtype),
+        mask = prepared_mask(attention_mask, self.language_model.config, dtype=inputs_embeds.dtype)
+        shares_prefix = isinstance(past_key_values, SharedPrefixCache)
+        run = partial(run_rows, self.language_model) if shares_prefix else self.language_model
+        outputs = run(
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -283,7 +289,7 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         )
 
 
-class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeGenerationMixin):
+class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeAskingMixin, GeodeGenerationMixin):
     """
     GEODE with its language-model head and its regression head.
 

@@ -15,6 +15,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .answers_geode import Answer, asked_unit, split_at_tokens
+from .batching_geode import check_count, check_same_number, flatten, or_tensors, pad_rows, pad_scenes
 from .chat_geode import (
     CHAT_TEMPLATE,
     GENERATION_TAG,
@@ -38,6 +39,7 @@ from .chat_geode import (
     with_token_ids,
 )
 from .hub_geode import check_upload, save_code
+from .scene_encoding_geode import scenes_to_model_inputs
 from .scene_geode import SceneGeometry, collate_scenes
 from .vggt_processing_geode import VggtImageProcessor
 from .video_processing_geode import GeodeImageProcessor, load_frame_sets, load_image, local_path
@@ -162,7 +164,7 @@ class GeodeProcessor(ProcessorMixin):
         self.geometry_frame_size = geometry_frame_size
         self.question_conditioned = question_conditioned
         for name in ("num_frames", "num_geometry_frames", "num_rationale_tokens", "image_seq_length"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         self.control_tokens = with_token_ids(control_tokens, tokenizer)
         self.image_token, self.rationale_token = IMAGE_TOKEN, RATIONALE_TOKEN
         needed = [IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, RATIONALE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN]
@@ -172,7 +174,7 @@ class GeodeProcessor(ProcessorMixin):
 
     # ---- inputs ----
 
-    def __call__(self, images=None, text=None, videos=None, geometry=None, **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, videos=None, geometry=None, scene=None, **kwargs) -> BatchFeature:
         """
         Make model inputs from trusted text.
 
@@ -191,6 +193,9 @@ class GeodeProcessor(ProcessorMixin):
                 video may be. A video that is a list of frames must stand in a list of videos.
             geometry (`list`, *optional*):
                 For each video its geometry (a [`SceneGeometry`] or a saved one's folder) or None.
+            scene ([`SceneEncoding`] or `list`, *optional*):
+                What `model.encode_scene` returned, in place of videos: one for all texts, or one for each. Each text has one
+                `<video>` then.
             **kwargs:
                 Options of the call:
 
@@ -206,7 +211,7 @@ class GeodeProcessor(ProcessorMixin):
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`; with media
             also `mm_token_type_ids` (1 at images, 2 at scenes), `pixel_values` and what `get_rationale_features`
-            takes.
+            takes; with encoded scenes what [`SceneEncoding.to_model_inputs`] returns.
 
         Raises:
             ValueError: If the numbers of placeholders and media differ, or a scene has no geometry and no
@@ -218,11 +223,13 @@ class GeodeProcessor(ProcessorMixin):
             )
         options = self._options(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
-        images = _flatten(images) if isinstance(images, list | tuple) else [images][: images is not None]
+        images = flatten(images) if isinstance(images, list | tuple) else [images][: images is not None]
         videos = list(videos) if isinstance(videos, list | tuple) else [videos][: videos is not None]
         geometry = list(geometry) if isinstance(geometry, list | tuple) else [geometry][: geometry is not None]
-        _check_same_number(IMAGE_TOKEN, texts, "images", len(images))
-        _check_same_number(VIDEO_PLACEHOLDER, texts, "videos", len(videos))
+        check_same_number(IMAGE_TOKEN, texts, "images", len(images))
+        scenes = _scenes_of_texts(scene, texts, len(videos))
+        if not scenes:
+            check_same_number(VIDEO_PLACEHOLDER, texts, "videos", len(videos))
         if geometry and len(geometry) != len(videos):
             raise ValueError(
                 f"`geometry` must have one entry (or None) for each of the {len(videos)} videos, got {len(geometry)}."
@@ -230,15 +237,17 @@ class GeodeProcessor(ProcessorMixin):
         pending_images = iter(images)
         pending_videos = iter(zip(videos, geometry or [None] * len(videos), strict=True))
         prompts = []
-        for sample in texts:
+        for index, sample in enumerate(texts):
             media = []
             for match in PLACEHOLDER.finditer(sample):
                 if match[0] == IMAGE_TOKEN:
                     media.append(self._load_medium("image", next(pending_images), None, options))
+                elif scenes:
+                    media.append(self._encoded_medium(scenes[index], options))
                 else:
                     media.append(self._load_medium("video", *next(pending_videos), options))
             prompts.append(_Prompt([PromptPiece(sample, is_trusted=True, is_generated=False)], media))
-        return self._build(prompts, options)
+        return BatchFeature({**self._build(prompts, options), **scenes_to_model_inputs(scenes)})
 
     def apply_chat_template(
         self,
@@ -305,7 +314,7 @@ class GeodeProcessor(ProcessorMixin):
         """
         if tools or documents:
             raise ValueError("`tools` and `documents` are not supported. Write what they say into a system turn.")
-        options = self._options({**(processor_kwargs or {}), "return_tensors": _tensors(return_tensors), **kwargs})
+        options = self._options({**(processor_kwargs or {}), "return_tensors": or_tensors(return_tensors), **kwargs})
         is_batched = isinstance(conversation, list | tuple) and any(
             isinstance(chat, list | tuple) for chat in conversation
         )
@@ -368,7 +377,7 @@ class GeodeProcessor(ProcessorMixin):
         given = {name: value for name, value in kwargs.items() if value is not None}
         options = _Options(**{**defaults, "padding_side": self.tokenizer.padding_side, **given})
         for name in defaults:
-            _check_count(name, getattr(options, name))
+            check_count(name, getattr(options, name))
         if options.num_rationale_tokens > self.num_rationale_tokens:
             raise ValueError(
                 f"`num_rationale_tokens` may be at most {self.num_rationale_tokens}, the number that the model has, "
@@ -455,7 +464,9 @@ class GeodeProcessor(ProcessorMixin):
         return_assistant_tokens_mask: bool = False,
     ) -> BatchFeature:
         """Tokenise and pad prompts, and add their pixels, scenes, values and questions."""
-        rows = [self._tokenize(prompt) for prompt in prompts]
+        # Prompts about one scene hold the same long markup, which is tokenised once.
+        known: dict[str, list[int]] = {}
+        rows = [self._tokenize(prompt, known) for prompt in prompts]
         lengths = {len(row.input_ids) for row in rows}
         if not options.padding and len(lengths) > 1:
             raise ValueError(f"Rows of lengths {sorted(lengths)} make no tensor. Pass `padding=True`.")
@@ -466,13 +477,13 @@ class GeodeProcessor(ProcessorMixin):
             )
         side = options.padding_side
         data = {
-            "input_ids": _pad([row.input_ids for row in rows], self._pad_id(), side),
-            "attention_mask": _pad([[1] * len(row.input_ids) for row in rows], 0, side),
+            "input_ids": pad_rows([row.input_ids for row in rows], self._pad_id(), side),
+            "attention_mask": pad_rows([[1] * len(row.input_ids) for row in rows], 0, side),
         }
         if return_assistant_tokens_mask:
-            data["assistant_masks"] = _pad([[int(flag) for flag in row.is_generated] for row in rows], 0, side)
+            data["assistant_masks"] = pad_rows([[int(flag) for flag in row.is_generated] for row in rows], 0, side)
         if any(prompt.media for prompt in prompts):
-            data["mm_token_type_ids"] = _pad([row.mm_token_type_ids for row in rows], 0, side)
+            data["mm_token_type_ids"] = pad_rows([row.mm_token_type_ids for row in rows], 0, side)
         images = [medium.frames[0] for prompt in prompts for medium in prompt.media if not medium.is_scene]
         # The pixels of encoded scenes are not needed again.
         if images:
@@ -484,16 +495,18 @@ class GeodeProcessor(ProcessorMixin):
             data["regression_targets"] = self._regression_targets(data["input_ids"], prompts)
         if self.question_conditioned:
             questions = [self._question_ids(row.input_ids) for row in rows]
-            data["question_input_ids"] = _pad(questions, self._pad_id(), side)
-            data["question_attention_mask"] = _pad([[1] * len(question) for question in questions], 0, side)
+            data["question_input_ids"] = pad_rows(questions, self._pad_id(), side)
+            data["question_attention_mask"] = pad_rows([[1] * len(question) for question in questions], 0, side)
         return BatchFeature(data)
 
-    def _tokenize(self, prompt: _Prompt) -> _Row:
+    def _tokenize(self, prompt: _Prompt, known: dict[str, list[int]]) -> _Row:
         input_ids, is_generated, pending = [], [], iter(prompt.media)
         for piece in prompt.pieces:
             if piece.is_trusted:
                 expanded = PLACEHOLDER.sub(lambda match: self._expand(match[0], next(pending, None)), piece.text)
-                ids = self._encode(expanded)
+                if expanded not in known:
+                    known[expanded] = self._encode(expanded)
+                ids = known[expanded]
             else:
                 ids = self._encode_plain(piece.text)
             input_ids += ids
@@ -602,7 +615,7 @@ class GeodeProcessor(ProcessorMixin):
         pixels = self._pixels([frame for medium in every for frame in medium.frames])
         pixels = pixels.split([len(medium.frames) for medium in every])
         scene_mask = torch.tensor([[column < len(sample) for column in range(lead[1])] for sample in scenes])
-        videos, frame_mask = _pad_scenes(pixels, scene_mask)
+        videos, frame_mask = pad_scenes(pixels, scene_mask)
         data = {"pixel_values_videos": videos, "video_frame_mask": frame_mask, "scene_mask": scene_mask}
         if not options.use_geometry:
             return data
@@ -625,8 +638,8 @@ class GeodeProcessor(ProcessorMixin):
                 "Split the batch by aspect ratio, or give `geometry`."
             )
         stacked = [medium.geometry_frames for medium in every]
-        data["geometry_frames"], data["geometry_frame_mask"] = _pad_scenes(stacked, scene_mask)
-        data["geometry_content_boxes"], _ = _pad_scenes([medium.content_boxes for medium in every], scene_mask)
+        data["geometry_frames"], data["geometry_frame_mask"] = pad_scenes(stacked, scene_mask)
+        data["geometry_content_boxes"], _ = pad_scenes([medium.content_boxes for medium in every], scene_mask)
         return data
 
     # ---- outputs ----
@@ -709,6 +722,8 @@ class GeodeProcessor(ProcessorMixin):
             "input_ids",
             "attention_mask",
             "mm_token_type_ids",
+            "mm_encoder_outputs",
+            "rationale_features",
             "pixel_values",
             "pixel_values_videos",
             "video_frame_mask",
@@ -751,47 +766,19 @@ class GeodeProcessor(ProcessorMixin):
         return saved
 
 
-def _check_count(name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-
-
-def _tensors(return_tensors: str | None) -> str:
-    return "pt" if return_tensors in (None, "auto") else return_tensors
-
-
-def _flatten(images) -> list:
-    """Return the images of nested lists in order."""
-    if isinstance(images, list | tuple):
-        return [image for entry in images for image in _flatten(entry)]
-    return [images]
-
-
-def _check_same_number(placeholder: str, texts: Sequence[str], name: str, number: int) -> None:
-    found = sum(text.count(placeholder) for text in texts)
-    if found != number:
+def _scenes_of_texts(scene, texts: Sequence[str], num_videos: int) -> list:
+    """The encoded scene of each text; empty where there is none."""
+    if scene is None:
+        return []
+    scenes = list(scene) if isinstance(scene, list | tuple) else [scene] * len(texts)
+    found = [text.count(VIDEO_PLACEHOLDER) for text in texts]
+    if num_videos or len(scenes) != len(texts) or set(found) != {1}:
         raise ValueError(
-            f"`text` must have one `{placeholder}` for each of the {number} `{name}`, and it has {found}."
+            f"`scene` stands in place of videos: one for all texts or one for each, and each text has one "
+            f"`{VIDEO_PLACEHOLDER}`. Got {len(scenes)} scenes and {num_videos} videos for {len(texts)} texts with {found} "
+            "of them. Give videos, or scenes, or several scenes as parts of a chat."
         )
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
-    """Stack rows of integers to `(batch_size, longest)`."""
-    longest = max(len(row) for row in rows)
-    fill = [[value] * (longest - len(row)) for row in rows]
-    pairs = zip(fill, rows, strict=True) if side == "left" else zip(rows, fill, strict=True)
-    return torch.tensor([[*first, *second] for first, second in pairs], dtype=torch.long)
-
-
-def _pad_scenes(stacks: Sequence[torch.Tensor], scene_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the frames of scenes, in order, into `(batch_size, num_scenes, longest, ...)`, and say which are valid."""
-    longest = max(len(stack) for stack in stacks)
-    padded = stacks[0].new_zeros(*scene_mask.shape, longest, *stacks[0].shape[1:])
-    mask = torch.zeros(*scene_mask.shape, longest, dtype=torch.bool)
-    for (row, column), stack in zip(scene_mask.nonzero().tolist(), stacks, strict=True):
-        padded[row, column, : len(stack)] = stack
-        mask[row, column, : len(stack)] = True
-    return padded, mask
+    return scenes
 
 
 __all__ = ["GeodeProcessor"]

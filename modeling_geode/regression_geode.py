@@ -311,11 +311,12 @@ class GeodeRegressionHead(nn.Module):
         Raises:
             ValueError: If a token is no control token.
         """
-        tokens = self._tokens(token_ids)
-        return [
-            decode_values(self._encoded(token, self._features(token, state[None]))[0], self.entries[token])
-            for state, token in zip(states, tokens, strict=True)
-        ]
+        values: dict[int, torch.Tensor] = {}
+        for token in dict.fromkeys(self._tokens(token_ids)):
+            (rows,) = (token_ids == self.entries[token]["token_id"]).nonzero(as_tuple=True)
+            decoded = decode_values(self._encoded(token, self._features(token, states[rows])), self.entries[token])
+            values |= dict(zip(rows.tolist(), decoded, strict=True))
+        return [values[row] for row in range(len(states))]
 
     @_like_forward
     def decode_intervals(self, states: torch.Tensor, token_ids: torch.Tensor) -> list[torch.Tensor | None]:

@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import load_state_dict_from_file, parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .scene_files_geode import FORMAT_VERSION, check_version, write_tensors
@@ -18,6 +21,37 @@ from .scene_inputs_geode import kind_of
 
 
 _ENCODING_KEY = "geode_scene_encoding"
+
+
+@dataclass(frozen=True, eq=False)
+class ScenePrefix:
+    """
+    Keys and values of what all questions about a scene begin with: the chat's markup and the scene's tokens.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(prefix_length,)`):
+            The tokens.
+        keys (`tuple` of `torch.Tensor` of shape `(1, num_key_value_heads, prefix_length, head_dim)`):
+            Of each layer of the language model.
+        values (`tuple` of `torch.Tensor`):
+            Likewise.
+        language_digest (`str`, *optional*):
+            Digest of the weights and settings of the language model that made them. None within a call.
+    """
+
+    input_ids: torch.Tensor
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    language_digest: str | None = None
+
+    def to(self, device: str | torch.device) -> "ScenePrefix":
+        """The same prefix with its tensors on a device."""
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            keys=tuple(key.to(device) for key in self.keys),
+            values=tuple(value.to(device) for value in self.values),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +68,15 @@ class SceneEncoding:
             Facts about the geometry, see [`SceneGeometry.summary`]. Must fit into JSON.
         encoder_digest (`str`):
             Digest of the weights and settings that made the tokens: tokens of another model mean nothing to this one.
+        prefix ([`ScenePrefix`], *optional*):
+            What the language model makes of the scene before a question, see `model.prefill_scene`.
     """
 
     visual_tokens: torch.Tensor
     rationale_tokens: torch.Tensor
     summary: dict
     encoder_digest: str
+    prefix: ScenePrefix | None = None
 
     def __post_init__(self):
         for name, dims in (("visual_tokens", 3), ("rationale_tokens", 2)):
@@ -75,7 +112,10 @@ class SceneEncoding:
             [`SceneEncoding`]: The moved encoding.
         """
         return dataclasses.replace(
-            self, visual_tokens=self.visual_tokens.to(device), rationale_tokens=self.rationale_tokens.to(device)
+            self,
+            visual_tokens=self.visual_tokens.to(device),
+            rationale_tokens=self.rationale_tokens.to(device),
+            prefix=None if self.prefix is None else self.prefix.to(device),
         )
 
     def to_model_inputs(self, num_questions: int = 1) -> dict:
@@ -87,12 +127,13 @@ class SceneEncoding:
                 Rows of the batch, each a question about this scene.
 
         Returns:
-            `dict`: `mm_encoder_outputs`, and `rationale_features` of shape `(num_questions, 1, num_rationale_tokens,
-            hidden_size)` if geometry was on. Nothing is copied.
+            `dict`: `mm_encoder_outputs`, with the digest by which another model refuses them, and `rationale_features` of
+            shape `(num_questions, 1, num_rationale_tokens, hidden_size)` if geometry was on. Nothing is copied.
         """
         video = BaseModelOutputWithPooling(pooler_output=[self.visual_tokens.flatten(0, 1)] * num_questions)
         features = {"rationale_features": self.rationale_tokens.expand(num_questions, 1, -1, -1)}
-        return {"mm_encoder_outputs": {"video": video}, **(features if len(self.rationale_tokens) else {})}
+        encoded = {"video": video, "encoder_digest": self.encoder_digest}
+        return {"mm_encoder_outputs": encoded, **(features if len(self.rationale_tokens) else {})}
 
     def save(self, path: str | os.PathLike) -> None:
         """
@@ -112,6 +153,10 @@ class SceneEncoding:
             "encoder_digest": self.encoder_digest,
             "summary": self.summary,
         }
+        if self.prefix is not None:
+            header["language_digest"] = self.prefix.language_digest
+            keys, values = torch.cat(self.prefix.keys), torch.cat(self.prefix.values)
+            tensors |= {"prefix.input_ids": self.prefix.input_ids, "prefix.keys": keys, "prefix.values": values}
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             write_tensors(tensors, Path(scratch) / "encoding.safetensors", {_ENCODING_KEY: json.dumps(header)})
             os.replace(Path(scratch) / "encoding.safetensors", path)
@@ -130,24 +175,56 @@ class SceneEncoding:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is not an encoding, or its format version is another.
+            ValueError: If the file is not an encoding, or damaged, or its format version is another.
         """
         path = _safetensors_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no scene encoding at {path}.")
+        metadata = _checked_metadata(path)
         tensors = load_state_dict_from_file(path)
-        metadata = parse_local_safetensors_file_metadata(path).metadata
         if _ENCODING_KEY not in metadata:
             raise ValueError(f"{path} holds tensors but no scene encoding: its header has no {_ENCODING_KEY!r}.")
         header = json.loads(metadata[_ENCODING_KEY])
         check_version(header, str(path))
-        visual_tokens = tensors["visual_tokens"]
+        visual_tokens, prefix = tensors["visual_tokens"], None
+        if "language_digest" in header:
+            layers = [tensors[f"prefix.{name}"].split(1) for name in ("keys", "values")]
+            prefix = ScenePrefix(tensors["prefix.input_ids"], *layers, language_digest=header["language_digest"])
         return cls(
             visual_tokens=visual_tokens,
             rationale_tokens=tensors.get("rationale_tokens", visual_tokens.new_zeros(0, visual_tokens.shape[-1])),
             summary=header["summary"],
             encoder_digest=header["encoder_digest"],
+            prefix=prefix,
         )
+
+
+def scenes_to_model_inputs(scenes: Sequence[SceneEncoding]) -> dict:
+    """
+    What `forward` and `generate` take instead of the frames and geometry of a batch with one scene for each row.
+
+    Args:
+        scenes (`Sequence[SceneEncoding]`): The scenes, possibly the same many times; none gives nothing.
+
+    Returns:
+        `dict`: See [`SceneEncoding.to_model_inputs`].
+
+    Raises:
+        ValueError: If the scenes are of different encoders, or have different numbers of rationale tokens.
+    """
+    if not scenes or all(scene is scenes[0] for scene in scenes):
+        return scenes[0].to_model_inputs(len(scenes)) if scenes else {}
+    numbers = sorted({len(scene.rationale_tokens) for scene in scenes})
+    if len({scene.encoder_digest for scene in scenes}) > 1 or len(numbers) > 1:
+        raise ValueError(
+            "The scenes of a batch must come from the same encoders and have the same number of rationale tokens, got "
+            f"numbers {numbers} and digests {sorted({scene.encoder_digest[:12] for scene in scenes})}. Split the batch, or "
+            "encode them with one model."
+        )
+    video = BaseModelOutputWithPooling(pooler_output=[scene.visual_tokens.flatten(0, 1) for scene in scenes])
+    encoded = {"video": video, "encoder_digest": scenes[0].encoder_digest}
+    features = {"rationale_features": torch.stack([scene.rationale_tokens for scene in scenes])[:, None]}
+    return {"mm_encoder_outputs": encoded, **(features if numbers[0] else {})}
 
 
 def digest_of(tensors: dict[str, torch.Tensor], settings: dict) -> str:
@@ -166,6 +243,58 @@ def digest_of(tensors: dict[str, torch.Tensor], settings: dict) -> str:
     return digest.hexdigest()
 
 
+def digest_of_parts(owner: nn.Module, names: tuple[str, ...], settings: tuple[str, ...]) -> str:
+    """
+    Digest of some parts of a model, those that it has, and of settings of its configuration, as [`digest_of`] makes it.
+
+    Hashing takes longer than encoding on a GPU, so it is done again only after a tensor has changed. `owner` remembers.
+    """
+    parts = {name: getattr(owner, name) for name in names if getattr(owner, name) is not None}
+    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    state = tuple((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors.values())
+    known = vars(owner).setdefault("_digests", {})
+    if known.get(names, (None, None))[0] != state:
+        config = owner.config.to_dict()
+        known[names] = state, digest_of(tensors, {name: config[name] for name in settings})
+    return known[names][1]
+
+
+def check_encoder_digest(given: str, own: str) -> None:
+    """
+    Raise unless the tokens of a scene are of the encoders that are to use them.
+
+    Args:
+        given (`str`): Of the scene.
+        own (`str`): `model.encoder_digest()`.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if given != own:
+        raise ValueError(
+            f"The scene was encoded with other weights or settings than this model's encoders: its `encoder_digest` is "
+            f"{given[:12]}..., that of the model {own[:12]}.... Encode it again with `model.encode_scene(...)`, or load the "
+            "model, with the dtype, that encoded it."
+        )
+
+
+def _checked_metadata(path: Path) -> dict[str, str]:
+    """The facts in a file's header, once its tensors are known to fill it."""
+    try:
+        found = parse_local_safetensors_file_metadata(path)
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}. Encode the scene again.") from error
+    with open(path, "rb") as file:
+        header_bytes = 8 + int.from_bytes(file.read(8), "little")
+    expected = header_bytes + max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
+    if path.stat().st_size != expected:
+        raise ValueError(
+            f"{path} is damaged: its header says that it has {expected} bytes, got {path.stat().st_size}. Encode the scene "
+            "again."
+        )
+    return found.metadata
+
+
 def _safetensors_path(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -173,4 +302,11 @@ def _safetensors_path(path: str | os.PathLike) -> Path:
     return path
 
 
-__all__ = ["SceneEncoding", "digest_of"]
+__all__ = [
+    "SceneEncoding",
+    "ScenePrefix",
+    "check_encoder_digest",
+    "digest_of",
+    "digest_of_parts",
+    "scenes_to_model_inputs",
+]
