@@ -98,6 +98,8 @@ def ask(
     Returns:
         `list[Answer]`: The answers.
     """
+    if scene is not None:
+        return model.ask(processor, scene, prompts, use_geometry=use_geometry, max_new_tokens=max_new_tokens)
     chats = [[{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}] for prompt in prompts]
     inputs = processor.apply_chat_template(
         chats,
@@ -109,10 +111,8 @@ def ask(
         use_geometry=use_geometry,
         num_frames=num_frames,
     ).to(model.device)
-    encoded = {} if scene is None else scene.to_model_inputs(len(prompts))
     output = model.generate(
         **inputs,
-        **encoded,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

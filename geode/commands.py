@@ -58,7 +58,7 @@ def ask_video(
         video (`str` or `os.PathLike`):
             A video file, or whatever `load_video_frames` takes as a path.
         questions (`Sequence[str]`):
-            The questions; each is answered on its own.
+            The questions; each is answered on its own, and the video is encoded once for all.
         model (`str` or `os.PathLike`, *optional*):
             A checkpoint's folder or its name on the Hub; the default is the tiny one of this package.
         revision (`str`, *optional*):
@@ -70,7 +70,7 @@ def ask_video(
         num_frames (`int`, *optional*):
             Frames that the language model sees; the default is the processor's.
         as_json (`bool`, defaults to `False`):
-            Print a JSON object per line instead of `answer: ...`.
+            Print a JSON object per line instead of `answer: ...`; its `seconds` are from the video file to all answers.
         abstain_above (`float`, *optional*):
             Answer "unknown" where the interval is wider than plus or minus this share of the number.
 
@@ -94,21 +94,22 @@ def ask_video(
                 file=sys.stderr,
             )
             use_geometry = False
-    for question in questions:
-        timed = answer_question(
-            checkpoint,
-            video,
-            question,
-            geometry=geometry,
-            use_geometry=use_geometry,
-            num_frames=num_frames,
-            abstain_above=abstain_above,
-        )
+    start = time.perf_counter()
+    answers = answer_questions(
+        checkpoint,
+        video,
+        questions,
+        geometry=geometry,
+        use_geometry=use_geometry,
+        num_frames=num_frames,
+        abstain_above=abstain_above,
+    )
+    seconds = round(time.perf_counter() - start, 3)
+    for question, answer in zip(questions, answers, strict=True):
         if as_json:
-            record = {"question": question, **timed.answer.to_dict(), "seconds": round(timed.seconds, 3)}
-            print(json.dumps(record), flush=True)
+            print(json.dumps({"question": question, **answer.to_dict(), "seconds": seconds}), flush=True)
         else:
-            print(f"answer: {spoken(timed.answer)}", flush=True)
+            print(f"answer: {spoken(answer)}", flush=True)
 
 
 def spoken(answer: Answer) -> str:
@@ -213,6 +214,39 @@ def find_geometry(video: str | os.PathLike) -> Path | None:
     """Return the folder `geometry` beside a video, or None where there is none."""
     folder = Path(video).parent / GEOMETRY_FOLDER
     return folder if folder.is_dir() else None
+
+
+def answer_questions(
+    checkpoint: Checkpoint,
+    video: str | os.PathLike,
+    questions: Sequence[str],
+    *,
+    geometry: str | os.PathLike | None = None,
+    use_geometry: bool = True,
+    num_frames: int | None = None,
+    abstain_above: float | None = None,
+) -> list[Answer]:
+    """
+    Answer questions about a video, which is encoded once, by greedy decoding; arguments are those of [`answer_question`].
+
+    A model whose rationale module reads the question encodes the video for each.
+    """
+    options: dict[str, Any] = {"geometry": geometry, "use_geometry": use_geometry, "num_frames": num_frames}
+    if checkpoint.model.config.drm_config.question_conditioned:
+        asked = (
+            answer_question(checkpoint, video, question, **options, abstain_above=abstain_above)
+            for question in questions
+        )
+        return [timed.answer for timed in asked]
+    scene = checkpoint.model.encode_scene(**checkpoint.processor.prepare_scene(video=video, **options))
+    return checkpoint.model.ask(
+        checkpoint.processor,
+        scene,
+        questions,
+        use_geometry=use_geometry,
+        abstain_above=abstain_above,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
 
 
 def answer_question(

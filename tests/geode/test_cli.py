@@ -104,20 +104,29 @@ def test_ask_without_geometry_says_so_and_answers_as_without_it(capsys, tmp_path
     assert named == capsys.readouterr()
 
 
-def test_ask_prints_json_lines_with_the_values_of_the_model(capsys):
-    from geode.commands import answer_question, load_checkpoint
+def test_ask_prints_json_lines_with_the_values_of_the_model(capsys, monkeypatch):
+    from geode.commands import answer_question, answer_questions, load_checkpoint
+    from geode.modeling_geode.media_geode import GeodeMediaMixin
 
+    encoded, encode = [], GeodeMediaMixin.get_video_features
+    monkeypatch.setattr(
+        GeodeMediaMixin,
+        "get_video_features",
+        lambda self, frames, *rest, **options: encoded.append(len(frames)) or encode(self, frames, *rest, **options),
+    )
     scene = geode.embedded_scene()
     questions = [QUESTION, "Locate the table."]
     assert main(["ask", str(scene / "room.mp4"), *questions, "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["question"] for record in records] == questions
+    assert encoded == [1]  # once for both questions
     checkpoint = load_checkpoint()
-    for record in records:
+    answers = answer_questions(checkpoint, scene / "room.mp4", questions, geometry=scene / "geometry")
+    for record, answer in zip(records, answers, strict=True):
+        assert record.pop("seconds") > 0
+        assert record == {"question": record["question"], **json.loads(json.dumps(answer.to_dict()))}
         timed = answer_question(checkpoint, scene / "room.mp4", record["question"], geometry=scene / "geometry")
-        seconds = record.pop("seconds")
-        assert seconds > 0
-        assert record == {"question": record["question"], **json.loads(json.dumps(timed.answer.to_dict()))}
+        assert timed.answer.text == answer.text
 
 
 def test_ask_passes_the_number_of_frames(capsys):

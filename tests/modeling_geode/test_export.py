@@ -193,7 +193,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 arguments_path, results_path, resaved, *sources = sys.argv[1:]
 torch.set_num_threads(1)
-chat, options = torch.load(arguments_path, weights_only=True)
+chat, options, questions = torch.load(arguments_path, weights_only=True)
 results = []
 
 
@@ -205,6 +205,11 @@ def answer(source, auto_class):
         logits = model(**inputs).logits
     output = model.generate(**inputs, **options, return_dict_in_generate=True)
     answers = processor.post_process_answers(output, input_ids=inputs["input_ids"])
+    video = chat[0]["content"][0]
+    scene = model.encode_scene(**processor.prepare_scene(frames=video["video"], geometry=video["geometry"]))
+    store = model.open_scene_store(f"{resaved}-store", max_bytes=2**20)
+    store.put("scene", scene)
+    asked = model.ask(processor, store.get("scene"), questions, **options)
     results.append(
         {
             "classes": [type(part).__name__ for part in (model, processor, processor.image_processor)],
@@ -213,6 +218,7 @@ def answer(source, auto_class):
             "logits": logits,
             "sequences": output.sequences,
             "answers": [entry.to_dict() for entry in answers],
+            "asked": [entry.to_dict() for entry in asked],
         }
     )
     return model, processor
@@ -287,7 +293,11 @@ def test_saved_folder_answers_alike_where_geode_is_absent(tiny_model, tiny_proce
     output = model.generate(**inputs, **options, return_dict_in_generate=True)
     answers = [answer.to_dict() for answer in processor.post_process_answers(output, input_ids=inputs["input_ids"])]
     assert [value["unit"] for value in answers[0]["values"]] == ["cm"] * 3
-    torch.save((chat, options), tmp_path / "arguments.pt")
+    questions = ["How far is the chair from the table, in centimeters?", "How many chairs are there?"]
+    video = chat[0]["content"][0]
+    scene = model.encode_scene(**processor.prepare_scene(frames=video["video"], geometry=video["geometry"]))
+    asked = [answer.to_dict() for answer in model.ask(processor, scene, questions, **options)]
+    torch.save((chat, options, questions), tmp_path / "arguments.pt")
 
     files = (tmp_path / name for name in ("arguments.pt", "results.pt", "resaved"))
     assert run_stranger(STRANGER, *files, folder, "org/geode-tiny", cwd=tmp_path) == ""
@@ -302,6 +312,7 @@ def test_saved_folder_answers_alike_where_geode_is_absent(tiny_model, tiny_proce
         assert torch.equal(result["logits"], logits)
         assert torch.equal(result["sequences"], output.sequences)
         assert result["answers"] == answers
+        assert result["asked"] == asked
     saved, resaved = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("geode-tiny", "resaved"))
     assert resaved == saved
 
