@@ -169,6 +169,7 @@ class GeodeProcessor(ProcessorMixin):
         self.image_token, self.rationale_token = IMAGE_TOKEN, RATIONALE_TOKEN
         needed = [IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, RATIONALE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN]
         self._token_ids = special_token_ids([*needed, *self.control_tokens], tokenizer)
+        self._user_ids = self._encode("user")
         self.image_token_id = self._token_ids[IMAGE_TOKEN]
         self.rationale_token_id = self._token_ids[RATIONALE_TOKEN]
 
@@ -587,8 +588,7 @@ class GeodeProcessor(ProcessorMixin):
 
     def _question_ids(self, input_ids: Sequence[int]) -> list[int]:
         """The tokens of the last user turn's text; those after the last medium if the text has no turns."""
-        ids = list(input_ids)
-        role = self._encode("user")
+        ids, role = list(input_ids), self._user_ids
         starts = [
             index + 1 + len(role)
             for index, token in enumerate(ids)

@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
-# Rows are computed in groups of about this many tokens at least: less, and the overhead of a call outweighs what a group
-# saves, the scores between questions that do not see each other.
+# Rows are computed in groups of at least about this many tokens. In smaller ones a call's overhead outweighs what a group
+# saves: the scores between questions that do not see each other.
 MIN_GROUP_TOKENS = 256
 
 
@@ -202,12 +202,12 @@ def _group_sizes(mask: torch.Tensor, cache: SharedPrefixCache) -> list[int]:
     """
     How many rows to compute together.
 
-    Scores between rows are computed and masked, so that their share stays below that of the prefix, new rows go in groups
-    of about its length. Rows that were begun before share a packed row and stay together.
+    Scores between rows are computed and masked. So that they stay a part of those with the prefix, new rows go in groups of
+    half its length. Rows that were begun before share a packed row and stay together.
     """
     if len(cache.rows) or mask.shape[1] == 1:
         return [len(mask)]
-    limit, sizes, tokens = max(cache.prefix_length, MIN_GROUP_TOKENS), [0], 0
+    limit, sizes, tokens = max(cache.prefix_length // 2, MIN_GROUP_TOKENS), [0], 0
     for count in mask.sum(dim=1).tolist():
         if sizes[-1] and tokens + count > limit:
             sizes, tokens = [*sizes, 0], 0

@@ -2,7 +2,9 @@
 """Many questions about a scene that is encoded once: the answers are those of raw frames, asked one by one."""
 
 import dataclasses
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,3 +338,25 @@ def test_trusted_text_refuses_scenes_that_do_not_fit(processor, scene):
     ):
         with pytest.raises(ValueError, match=message):
             processor(**arguments)
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_two_thousand_questions_about_fifty_scenes_take_no_more_memory(model, processor, tmp_path):
+    store = model.open_scene_store(tmp_path, max_bytes=2**20)
+    inputs = processor.prepare_scene(ROOM / "room.mp4", geometry=ROOM / "geometry")
+    pixels, memory, answered = inputs["pixel_values_videos"], [], 0
+    for number in range(50):
+        inputs["pixel_values_videos"] = pixels + 0.01 * number
+        store.put(f"scene{number}", model.encode_scene(**inputs))
+        answered += len(model.ask(processor, store.get(f"scene{number}"), QUESTIONS[:10] * 4, max_new_tokens=4))
+        memory.append(resident_mib())
+    assert answered == 2000
+    # The allocator needs some scenes to settle; a scene with its prefix and rows would be a MiB each.
+    assert max(memory[25:]) - max(memory[10:25]) < 10, memory
+    assert len(store) < 50
