@@ -201,6 +201,20 @@ class GeodeGenerationMixin(GenerationMixin):
         output_class = GeodeGenerateBeamOutput if "beam_indices" in outputs else GeodeGenerateOutput
         return output_class(**fields, values=values, intervals=intervals, prompt_length=prompt_length)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """
+        Refuse continuous batching, and with it `generate_batch`.
+
+        The library's loop returns tokens, but neither media reach it nor states leave it: a control token would have no value.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "Continuous batching (`generate_batch`) takes no media and returns no hidden states, so control tokens would have no "
+            "values. Use `generate` with a padded batch, or `model.ask(processor, scene, questions)` for questions about one scene."
+        )
+
     def prepare_inputs_for_generation(
         self,
         input_ids,

@@ -632,14 +632,17 @@ class GeodeMediaMixin:
 
         Returns:
             Embeddings of shape `(batch_size, sequence_length, hidden_size)`, and the features in them as
-            [`~GeodeModel.encode_media`] returns them.
+            [`~GeodeModel.encode_media`] returns them, none without media.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        features = self.encode_media(scene_mask=scene_mask, **media)
-        merged = self.merge_media(
-            inputs_embeds, input_ids, mm_token_type_ids=mm_token_type_ids, scene_mask=scene_mask, **features
-        )
+        features, merged = {}, inputs_embeds
+        # Every step of decoding comes here without media.
+        if any(value is not None for name, value in media.items() if name != "use_visual_tokens"):
+            features = self.encode_media(scene_mask=scene_mask, **media)
+            merged = self.merge_media(
+                inputs_embeds, input_ids, mm_token_type_ids=mm_token_type_ids, scene_mask=scene_mask, **features
+            )
         if self.training and torch.is_grad_enabled():
             merged = merged + self._zero_of_optional_parts().to(merged)
         return merged, features

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values that `generate` returns are those of a teacher-forced forward over the same sequence, in every mode."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, set_seed
@@ -146,6 +148,32 @@ def test_compiled_decoding_with_a_static_cache_gives_the_same_values():
     output = model.generate(**inputs, **arguments, logits_processor=[Favour(8.0)], cache_implementation="static")
     assert torch.equal(output.sequences, expected.sequences)
     assert assert_values_match(output, expected.values) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend compiles C++")
+# PyTorch 2.13's compiler calls a deprecated function of its own.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("hidden_position", ["token", "previous"])
+def test_compiled_code_gives_the_same_values(hidden_position):
+    """The default backend, as a user runs it: the decoding step is compiled in one graph."""
+    model = make_model(drh_config={"hidden_position": hidden_position})
+    inputs = left_padded_inputs(model)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **arguments, logits_processor=[Favour(8.0)])
+    model.generation_config.compile_config = CompileConfig(fullgraph=True, mode=None)
+    model.generation_config.compile_config._compile_all_devices = True
+    output = model.generate(**inputs, **arguments, logits_processor=[Favour(8.0)], cache_implementation="static")
+    assert torch.equal(output.sequences, expected.sequences)
+    assert assert_values_match(output, expected.values) >= 6
+
+
+def test_continuous_batching_is_refused():
+    model = make_model()
+    with pytest.raises(NotImplementedError, match=r"no hidden states.*`model\.ask"):
+        model.generate_batch([[7, 8, 9]], max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="`generate` with a padded batch"):
+        model.init_continuous_batching()
 
 
 def test_value_feedback_changes_what_follows():
