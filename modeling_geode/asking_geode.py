@@ -75,6 +75,7 @@ class GeodeAskingMixin:
         self._check_scene(scene)
         if not questions:
             return []
+        scene = scene.to(self.device)
         rows = self._prompts(processor, scene, questions, use_geometry, num_rationale_tokens)
         prefix = None
         if can_share_prefix(self.model.language_model.config):
@@ -83,9 +84,10 @@ class GeodeAskingMixin:
         answers: list[Answer] = []
         for start in range(0, len(questions), batch_size):
             batch = {name: tensor[start : start + batch_size] for name, tensor in rows.items()}
-            inputs = (
-                batch | scene.to_model_inputs(len(batch["input_ids"])) if prefix is None else _behind(prefix, batch)
-            )
+            if prefix is None:
+                inputs = {**batch, **scene.to_model_inputs(len(batch["input_ids"]))}
+            else:
+                inputs = _behind(prefix, batch)
             output = self.generate(**inputs, **options, return_dict_in_generate=True)
             answers += processor.post_process_answers(
                 output, input_ids=batch["input_ids"], abstain_above=abstain_above
@@ -123,14 +125,15 @@ class GeodeAskingMixin:
             ValueError: If the language model cannot share a prefix, or the scene is of other encoders.
         """
         self._check_scene(scene)
-        if not can_share_prefix(self.model.language_model.config):
+        config = self.model.language_model.config
+        if not can_share_prefix(config):
             raise ValueError(
                 "A prefix needs full attention by 'sdpa' or 'eager' in every layer of the language model, got "
-                f"{self.model.language_model.config._attn_implementation!r}. Load the model with "
-                "`attn_implementation='sdpa'`, or ask without a prefix."
+                f"{config._attn_implementation!r} and layers {getattr(config, 'layer_types', None)}. Load the model with "
+                "`attn_implementation='sdpa'` if that is why, or ask without a prefix."
             )
-        rows = self._prompts(processor, scene, [""], use_geometry, num_rationale_tokens)
-        prefix = self._prefix_of(dataclasses.replace(scene, prefix=None), rows)
+        scene = dataclasses.replace(scene, prefix=None).to(self.device)
+        prefix = self._prefix_of(scene, self._prompts(processor, scene, [""], use_geometry, num_rationale_tokens))
         prefix = dataclasses.replace(prefix, language_digest=self.model.language_digest())
         return dataclasses.replace(scene, prefix=prefix)
 
@@ -171,15 +174,15 @@ class GeodeAskingMixin:
         placeholders = input_ids.new_tensor([self.config.image_token_id, self.config.rationale_token_id])
         length = int(torch.isin(input_ids, placeholders).nonzero().max()) + 1
         input_ids, known = input_ids[:length], scene.prefix
-        if known is not None and torch.equal(known.input_ids.to(input_ids.device), input_ids):
+        if known is not None and torch.equal(known.input_ids, input_ids):
             if known.language_digest != self.model.language_digest():
                 raise ValueError(
                     "The prefix of the scene was computed by another language model than this one. Compute it again with "
                     "`model.prefill_scene(...)`, or drop it: `dataclasses.replace(scene, prefix=None)`."
                 )
-            return known.to(self.device)
+            return known
         embeds, _ = self.model.embed_inputs(
-            input_ids[None], mm_token_type_ids=types[None, :length], **scene.to(self.device).to_model_inputs()
+            input_ids[None], mm_token_type_ids=types[None, :length], **scene.to_model_inputs()
         )
         layers = self.model.language_model(inputs_embeds=embeds, use_cache=True).past_key_values.layers
         return ScenePrefix(input_ids, tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers))

@@ -515,11 +515,9 @@ class GeodeMediaMixin:
 
     def reconstructor_digest(self) -> str | None:
         """Digest of the weights and settings of the reconstructor; None without one."""
-        return (
-            None
-            if self.reconstructor is None
-            else digest_of_parts(self, ("reconstructor",), ("reconstructor_config",))
-        )
+        if self.reconstructor is None:
+            return None
+        return digest_of_parts(self, ("reconstructor",), ("reconstructor_config",))
 
     def get_placeholder_mask(
         self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor

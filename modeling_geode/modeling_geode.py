@@ -165,6 +165,7 @@ class GeodePreTrainedModel(GeodeHubModel):
     def _set_reconstructor(self, reconstructor, config) -> None:
         base = getattr(self, "model", self)
         base.reconstructor = reconstructor
+        vars(base).pop("_digests", None)  # new tensors may lie where those of the old one lay
         self.config.reconstructor_config = base.config.reconstructor_config = config
 
     def train(self, mode: bool = True):

@@ -159,6 +159,12 @@ def test_digest_tells_encoders_apart(tmp_path):
     with torch.no_grad():
         again.model.language_model.layers[0].mlp.up_proj.weight.mul_(2)
     assert again.model.encoder_digest() == digest
+    # Another reconstructor has a digest of its own, though its tensors may lie where those of the first lay.
+    first = again.model.reconstructor_digest()
+    again.detach_reconstructor()
+    assert again.model.reconstructor_digest() is None
+    again.attach_reconstructor(tiny_vggt(image_size=42))
+    assert again.model.reconstructor_digest() not in (None, first)
     for part in ("drm", "vision_tower", "point_encoder", "multi_modal_projector"):
         parameter = next(getattr(model.model, part).parameters())
         with torch.no_grad():
