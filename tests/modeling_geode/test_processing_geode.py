@@ -787,6 +787,7 @@ def test_every_input_is_named_in_model_input_names(tokenizer):
     given = tokenize(processor, answer_chat(value_part(1.0))).keys()
     given |= tokenize(processor, user(video_part(geometry=geometry()), image_part())).keys()
     given |= tokenize(make_processor(tokenizer, geometry_frame_size=28), user(video_part())).keys()
+    given |= processor(text="<video>", scene=SceneEncoding(torch.zeros(2, 9, 4), torch.zeros(16, 4), {}, "")).keys()
     assert given == set(processor.model_input_names)
 
 
