@@ -31,27 +31,26 @@ def save_code(owner: object, save_directory: str | os.PathLike) -> None:
         export_code(save_directory)
 
 
-def check_upload(owner: object, push_to_hub: bool) -> None:
+class CodeOnHubMixin:
     """
-    Refuse `save_pretrained(..., push_to_hub=True)`, in which transformers uploads before the code is there.
+    A model or processor whose saved folder, and whose upload, hold its code. It goes before the library's class.
 
-    Args:
-        owner (`object`):
-            The model or processor.
-        push_to_hub (`bool`):
-            What was asked for.
-
-    Raises:
-        ValueError: If the upload would lack the code.
+    With `push_to_hub=True` transformers uploads at the end of its own `save_pretrained`, before a subclass can add a file. So
+    the code is written once more where the upload starts: a private hook of transformers, checked on 5.23.
     """
-    if push_to_hub and type(owner).__module__.startswith("geode."):
-        raise ValueError(
-            "`push_to_hub` must be False in `save_pretrained`, got True: the upload would come before the code is "
-            "copied. Call `push_to_hub(repo_id)`, or save first and upload the folder."
-        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as transformers does, with the code that loads the folder where `geode` is absent."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        save_code(self, save_directory)
+        return saved
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        save_code(self, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
 
 
-class GeodeHubModel(PreTrainedModel):
+class GeodeHubModel(CodeOnHubMixin, PreTrainedModel):
     """
     A model whose folder holds its code, and which loads complete checkpoints only.
 
@@ -94,11 +93,5 @@ class GeodeHubModel(PreTrainedModel):
             )
         return loaded if output_loading_info else model
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Save as [`PreTrainedModel.save_pretrained`] does, with the code that loads it where `geode` is absent."""
-        check_upload(self, kwargs.get("push_to_hub", False))
-        super().save_pretrained(save_directory, **kwargs)
-        save_code(self, save_directory)
 
-
-__all__ = ["GeodeHubModel", "check_upload", "save_code"]
+__all__ = ["CodeOnHubMixin", "GeodeHubModel", "save_code"]

@@ -38,7 +38,7 @@ from .chat_geode import (
     split_rendered,
     with_token_ids,
 )
-from .hub_geode import check_upload, save_code
+from .hub_geode import CodeOnHubMixin
 from .scene_encoding_geode import scenes_to_model_inputs
 from .scene_geode import SceneGeometry, collate_scenes
 from .vggt_processing_geode import VggtImageProcessor
@@ -93,7 +93,7 @@ class _Options:
     return_tensors: str | None = "pt"
 
 
-class GeodeProcessor(ProcessorMixin):
+class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
     """
     Turns chats about images, videos and 3D scenes into model inputs, and model outputs into answers.
 
@@ -757,13 +757,6 @@ class GeodeProcessor(ProcessorMixin):
         )
         kwargs.pop("trust_remote_code", None)
         return [GeodeImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """Save as [`ProcessorMixin.save_pretrained`] does, with the code that loads it where `geode` is absent."""
-        check_upload(self, kwargs.get("push_to_hub", False))
-        saved = super().save_pretrained(save_directory, **kwargs)
-        save_code(self, save_directory)
-        return saved
 
 
 def _scenes_of_texts(scene, texts: Sequence[str], num_videos: int) -> list:

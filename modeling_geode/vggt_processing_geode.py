@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
-from .hub_geode import check_upload, save_code
+from .hub_geode import CodeOnHubMixin
 from .video_processing_geode import IMAGE_SUFFIXES, load_video_frames
 
 
@@ -292,7 +292,7 @@ class VggtImageProcessorKwargs(ImagesKwargs, total=False):
     patch_size: int
 
 
-class VggtImageProcessor(BaseImageProcessor):
+class VggtImageProcessor(CodeOnHubMixin, BaseImageProcessor):
     """
     Bring the frames of one scene to the size that VGGT takes, and say how to get back.
 
@@ -319,13 +319,6 @@ class VggtImageProcessor(BaseImageProcessor):
         self.mode = mode
         self.image_size = image_size
         self.patch_size = patch_size
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Save as the library does, with the code that loads it where `geode` is absent."""
-        check_upload(self, push_to_hub)
-        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        save_code(self, save_directory)
-        return saved
 
     def preprocess(self, images: Any, *, num_frames: int | None = None, return_tensors: str = "pt") -> BatchFeature:
         """See [`~VggtImageProcessor.__call__`]."""

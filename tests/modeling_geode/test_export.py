@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from geode.configuration import configuration_geode
 from geode.data.tokenizer import train_tokenizer
 from geode.modeling_geode.export_geode import collect_modules, export_code, shipped_modules
+from geode.modeling_geode.hub_geode import CodeOnHubMixin
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.modeling_geode.scene_geode import SceneGeometry
@@ -351,7 +353,12 @@ def test_export_code_maps_encoders_saved_on_their_own(tmp_path, config_name, mod
     }
 
 
-def test_processor_refuses_an_upload_that_would_lack_its_code(tiny_processor, tmp_path):
-    with pytest.raises(ValueError, match="`push_to_hub` must be False"):
-        tiny_processor.save_pretrained(tmp_path / "folder", push_to_hub=True)
-    assert not (tmp_path / "folder").exists()
+@pytest.mark.parametrize("part", ["tiny_model", "tiny_processor"])
+def test_code_is_there_when_an_upload_begins(part, request, tmp_path):
+    """The Hub is switched off here, so that the upload ends where it begins; `tests/hub_cards/test_push.py` makes whole ones."""
+    owner = request.getfixturevalue(part)
+    super(CodeOnHubMixin, owner).save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.py")) == []
+    with pytest.raises(OfflineModeIsEnabled):
+        owner._upload_modified_files(tmp_path, "org/tiny", files_timestamps={})
+    assert (tmp_path / f"{type(owner).__module__.rpartition('.')[2]}.py").is_file()

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 import geode
 from geode.configuration.configuration_geode import SonataConfig, VggtConfig
 from geode.modeling_geode import hub_geode, vggt_conversion_geode
+from geode.modeling_geode.hub_geode import CodeOnHubMixin
 from geode.modeling_geode.sonata_geode import SonataModel
 from geode.modeling_geode.vggt_geode import VggtModel, convert_vggt_checkpoint
 from geode.modeling_geode.vggt_processing_geode import VggtImageProcessor
@@ -203,16 +205,18 @@ def test_published_weights_on_the_hub_are_told_by_the_revision_that_is_asked_for
         VggtModel.from_pretrained("org/public", revision=COMMIT)
 
 
-@pytest.mark.parametrize("owner", [VggtImageProcessor(), VggtModel.__new__(VggtModel)])
-def test_an_upload_that_would_lack_the_code_is_refused(owner, tmp_path):
-    with pytest.raises(ValueError, match=r"`push_to_hub` must be False .* Call `push_to_hub\(repo_id\)`"):
-        owner.save_pretrained(tmp_path / "folder", push_to_hub=True)
-    assert not (tmp_path / "folder").exists()
+def test_code_is_there_when_an_upload_begins(tmp_path):
+    """The Hub is switched off here, so that the upload ends where it begins; `tests/hub_cards/test_push.py` makes whole ones."""
+    super(CodeOnHubMixin, VggtImageProcessor()).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["preprocessor_config.json"]
+    with pytest.raises(OfflineModeIsEnabled):
+        VggtImageProcessor()._upload_modified_files(tmp_path, "org/vggt", files_timestamps={})
+    assert (tmp_path / "vggt_processing_geode.py").is_file()
+    assert "auto_map" in (tmp_path / "preprocessor_config.json").read_text()
 
 
-def test_upload_and_code_of_remote_classes_are_left_to_transformers(tmp_path):
+def test_code_of_remote_classes_is_left_to_transformers(tmp_path):
     remote = type("Remote", (), {"__module__": "transformers_modules.org.model"})()
-    hub_geode.check_upload(remote, True)
     hub_geode.save_code(remote, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
