@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from geode import __version__
+from geode.publishing_arguments import add_card_sources, add_commands
 from geode.trainers.precompute_arguments import add_arguments
 
 
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ask(commands.add_parser("ask", help="ask questions about a video"))
     _add_reconstruct(commands)
     _add_export(commands)
+    add_commands(commands)
 
     precompute = commands.add_parser(
         "precompute",
@@ -192,6 +194,7 @@ def _add_export(commands) -> None:
     export.add_argument(
         "--license", dest="license_id", metavar="ID", help="licence of VGGT weights, where their source tells none"
     )
+    add_card_sources(export)
     export.set_defaults(run=_run_export)
 
 
@@ -333,9 +336,8 @@ def _run_reconstruct(arguments: argparse.Namespace) -> None:
 def _run_export(arguments: argparse.Namespace) -> None:
     from geode.commands import export_model
 
-    export_model(
-        arguments.directory, model=arguments.model, revision=arguments.revision, license_id=arguments.license_id
-    )
+    options = {name: value for name, value in vars(arguments).items() if name not in ("directory", "run")}
+    export_model(arguments.directory, **options)
 
 
 def _run_precompute(arguments: argparse.Namespace) -> None:

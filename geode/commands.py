@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from geode import tiny_checkpoint
+from geode.hub_cards.facts import FACTS, read_facts
 from geode.modeling_geode.answers_geode import Answer, format_number
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
+from geode.publishing import save_model
 from geode.vggt_export import export_vggt, find_origin
 
 
@@ -142,11 +144,14 @@ def export_model(
     model: str | os.PathLike | None = None,
     revision: str | None = None,
     license_id: str | None = None,
+    facts: str | os.PathLike | None = None,
+    results: Sequence[str | os.PathLike] = (),
+    repo_id: str | None = None,
 ) -> None:
     """
-    Save a model and its processor, with their code, as a folder for the Hub, and print its path.
+    Save a model and its processor as a folder for the Hub, with their code, card, licence and hashes, and print its path.
 
-    A VGGT model on its own also gets a card. Public VGGT weights are converted.
+    Public VGGT weights are converted.
 
     Args:
         save_directory (`str` or `os.PathLike`):
@@ -157,6 +162,12 @@ def export_model(
             See [`ask_video`].
         license_id (`str`, *optional*):
             Licence of VGGT weights, for their card, where it is not known from `model`.
+        facts (`str` or `os.PathLike`, *optional*):
+            What the card of a GEODE model must state, see `docs/hub.md`. Those of the tiny checkpoint are known.
+        results (`Sequence[str | os.PathLike]`):
+            Folders that `geode eval` has written for this model.
+        repo_id (`str`, *optional*):
+            Its name on the Hub, for the snippet of the card.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
@@ -168,6 +179,10 @@ def export_model(
         raise ValueError(f"`save_directory` must be new or empty, and {str(folder)!r} is not. Choose another one.")
     origin = None if model is None else find_origin(model, revision)
     if origin is not None and origin.is_vggt:
+        if facts is not None or results:
+            raise ValueError(
+                "`facts` and `results` are for the card of a GEODE model, and this is VGGT. Leave them out."
+            )
         if export_vggt(folder, origin, license_id=license_id) is None:
             print(
                 "geode: notice: the licence of the weights is not known, and the card says so; state it with --license.",
@@ -177,10 +192,18 @@ def export_model(
         return
     if license_id is not None:
         raise ValueError(f"`license_id` is for the card of VGGT weights, got {license_id!r} with GEODE. Leave it out.")
-    checkpoint = load_checkpoint(model, revision)
-    checkpoint.model.save_pretrained(folder)
-    checkpoint.processor.save_pretrained(folder)
+    if facts is None and not _is_tiny(model):
+        raise ValueError(
+            f"`facts` must name a YAML file for the card, got none: no file of {os.fspath(model)!r} tells licences, data and intended "
+            "use. docs/hub.md shows one. For a folder with code and no card, `save_pretrained` is enough."
+        )
+    stated = read_facts(facts or FACTS / "geode_tiny.yaml", "model")
+    save_model(folder, load_checkpoint(model, revision), stated, results=results, repo_id=repo_id)
     print(f"exported: {folder}")
+
+
+def _is_tiny(model: str | os.PathLike | None) -> bool:
+    return model is None or Path(model).resolve() == tiny_checkpoint().resolve()
 
 
 def load_checkpoint(model: str | os.PathLike | None = None, revision: str | None = None) -> Checkpoint:

@@ -12,6 +12,7 @@ from geode.hub_cards.vggt_card import build_vggt_card, resolve_license
 from geode.modeling_geode.vggt_conversion_geode import CONFIG_NAME, find_file, is_weights_file, read_config
 from geode.modeling_geode.vggt_geode import VggtModel, convert_vggt_checkpoint
 from geode.modeling_geode.vggt_processing_geode import VggtImageProcessor
+from geode.publishing import complete_vggt
 
 
 PROCESSOR_NAME = "preprocessor_config.json"
@@ -80,7 +81,7 @@ def find_origin(model: str | os.PathLike, revision: str | None = None) -> Origin
 
 def export_vggt(folder: Path, origin: Origin, *, license_id: str | None = None) -> str | None:
     """
-    Save a VGGT model, its processor, their code and a card.
+    Save a VGGT model, its processor, their code, a card, the licence and the hashes.
 
     Args:
         folder (`Path`):
@@ -113,6 +114,7 @@ def export_vggt(folder: Path, origin: Origin, *, license_id: str | None = None) 
     processor.save_pretrained(folder)
     card = build_vggt_card(model, source=origin.name, revision=origin.commit, license_id=license_id)
     card.save(folder / "README.md")
+    complete_vggt(folder, source=origin.name, revision=origin.commit, license_id=known_license)
     return known_license
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from geode import __version__
+from geode.hub_cards.terms import PUBLISHED_LICENSES
 from geode.modeling_geode.vggt_geode import VggtModel
 
 
 TEMPLATE = Path(__file__).with_name("templates") / "vggt.md"
 TAGS = ("vggt", "geode", "custom_code", "3d-reconstruction", "camera-pose-estimation", "depth-estimation")
-# What the publisher states for its repositories, by their names in lower case.
-PUBLISHED_LICENSES = {"facebook/vggt-1b": "cc-by-nc-4.0", "facebook/vggt-1b-commercial": "other"}
 
 
 def build_vggt_card(

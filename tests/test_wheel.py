@@ -91,3 +91,5 @@ def test_wheel_exports_a_folder_with_its_code(installed, tmp_path):
     assert run(installed / "geode", "export", "hub", cwd=tmp_path) == "exported: hub\n"
     assert (tmp_path / "hub" / "modeling_geode.py").is_file()
     assert (tmp_path / "hub" / "processing_geode.py").is_file()
+    assert (tmp_path / "hub" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert run(installed / "geode", "check", "hub", cwd=tmp_path).endswith("checked: hub, no problems\n")

@@ -13,6 +13,7 @@ from PIL import Image
 
 import geode
 from geode.cli import main
+from geode.hub_cards.check import check_files
 from geode.modeling_geode.answers_geode import Answer, Box3D, Measurement
 from tests.modeling_geode.common_hub import COMMIT, put_in_hub_cache
 
@@ -200,15 +201,19 @@ def test_export_converts_public_vggt_and_takes_it_again(capsys, public_vggt, tmp
     processor = geode.VggtImageProcessor.from_pretrained(first)
     assert (processor.mode, processor.image_size, processor.patch_size) == ("crop", 56, 14)
 
-    # What the folder says of its frames is kept, and so is all else but the card.
+    # What the folder says of its frames is kept, and so is all else but what states the licence.
     geode.VggtImageProcessor("pad", image_size=28).save_pretrained(first)
     assert main(["export", str(second), "--model", str(first), "--license", "apache-2.0"]) == 0
     assert "notice" not in capsys.readouterr().err
     assert card_of(second)["license"] == "apache-2.0"
     for path in first.iterdir():
-        if path.name != "README.md":
+        if path.name not in ("README.md", "LICENSE", "geode_export.json"):
             assert (second / path.name).read_bytes() == path.read_bytes(), path.name
-    assert {"README.md", "vggt_geode.py"} <= {path.name for path in second.iterdir()}
+    assert {"README.md", "LICENSE", "vggt_geode.py"} <= {path.name for path in second.iterdir()}
+    assert [problem.what for problem in check_files(first) if problem.where == "README.md"] == [
+        "its header has no `license`"
+    ]
+    assert check_files(second) == []
 
 
 def test_export_gives_our_vggt_without_a_processor_one(capsys, public_vggt, tmp_path):
@@ -275,8 +280,14 @@ def test_export_says_what_it_cannot_take(capsys, tmp_path, arguments, fragments)
 
 def test_export_takes_a_geode_folder_by_its_config(capsys, tmp_path):
     assert main(["export", str(tmp_path / "hub"), "--model", str(geode.tiny_checkpoint())]) == 0
-    assert not (tmp_path / "hub" / "README.md").exists()
+    # The tiny one is known by its place; of a copy nobody has stated what its card must say.
+    assert card_of(tmp_path / "hub")["license"] == "apache-2.0"
     assert "modeling_geode.py" in {path.name for path in (tmp_path / "hub").iterdir()}
+    shutil.copytree(geode.tiny_checkpoint(), tmp_path / "copy")
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "other"), "--model", str(tmp_path / "copy")]) == 2
+    assert_one_line_of_error(capsys, "`facts`", tmp_path / "copy", "docs/hub.md")
+    assert not (tmp_path / "other").exists()
 
 
 def test_compare_measures_boxes_between_centres():

@@ -75,7 +75,7 @@ def test_card_has_the_header_that_the_hub_reads(model, tmp_path):
 def test_card_has_every_section_and_claims_no_score(model):
     card = build_vggt_card(model, source="model.pt")
     titles = re.findall(r"^## (.+)$", card.text, flags=re.MULTILINE)
-    assert titles == ["Use", "Frames and units", "Limitations", "Evaluation", "Licence", "Citation"]
+    assert titles == ["Use", "Intended use", "Frames and units", "Limitations", "Evaluation", "Licence", "Citation"]
     assert section(card, "Evaluation") == "Not evaluated."
     for claim in ("no point tracker", "not in metres", "**unverified**"):
         assert claim in section(card, "Limitations")

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`geode check`: whether a folder or repository is whole, safe to open, honest about itself, and runs without this package."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries, snapshot_download
+from huggingface_hub.utils import disable_progress_bars
+
+from geode.hub_cards.contents import find_danger
+from geode.hub_cards.manifest import MANIFEST, hash_file, read_header, recorded_files
+from geode.hub_cards.terms import Part, combined_terms
+
+
+SECTIONS = ("Use", "Intended use", "Frames and units", "Evaluation", "Limitations", "Licence", "Citation")
+EXPORT_AGAIN = "Write the folder again with `geode export`"
+_CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json")
+_CODE_OF_OTHERS = "--"  # in `auto_map`, between a repository and its module
+_SNIPPET = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: where, what, and what to do."""
+
+    where: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {' '.join(self.what.split())}. {self.remedy}."
+
+
+class Report(NamedTuple):
+    """What a check has found; `notes` say what was done or left undone."""
+
+    problems: list[Problem]
+    notes: list[str]
+
+
+def check(source: str | os.PathLike, *, revision: str | None = None) -> Report:
+    """
+    Check a folder, or a repository on the Hub.
+
+    Args:
+        source (`str` or `os.PathLike`): A folder with `README.md` or `config.json`, or a name on the Hub, which is downloaded.
+        revision (`str`, *optional*): Branch, tag or commit of a name on the Hub.
+
+    Returns:
+        [`Report`]: Of files and card; and of a run of its code, unless something is wrong that makes it unsafe.
+
+    Raises:
+        FileNotFoundError: If there is neither a folder nor a repository of this name.
+        ValueError: If `revision` is given for a folder.
+    """
+    text = os.fspath(source)
+    if Path(text).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"`revision` is for names on the Hub, got {revision!r} for the folder {text!r}. Leave it out."
+            )
+        return _check(Path(text), is_on_hub=False)
+    if text.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"There is no folder at {text!r}.")
+    disable_progress_bars()
+    return _check(Path(snapshot_download(text, revision=revision)), is_on_hub=True)
+
+
+def check_files(folder: Path) -> list[Problem]:
+    """
+    Check a folder without running anything of it.
+
+    Args:
+        folder (`Path`): A model or an adapter.
+
+    Returns:
+        `list[Problem]`: What is wrong.
+    """
+    return [
+        *check_contents(folder),
+        *_check_weights(folder),
+        *_check_manifest(folder),
+        *_check_code(folder),
+        *_check_card(folder),
+        *_check_results(folder),
+        *_check_presence(folder),
+    ]
+
+
+def check_contents(folder: Path) -> list[Problem]:
+    """
+    Look for pickles, archives, other binary files and access tokens in every file.
+
+    Args:
+        folder (`Path`): Any folder.
+
+    Returns:
+        `list[Problem]`: One for each file that should not be published.
+    """
+    problems = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name.startswith((".git/", ".cache/huggingface/")):
+            continue
+        what = find_danger(path)
+        if what is not None and "access token" in what:
+            problems.append(Problem(name, what, "Remove it there, and revoke it on the Hub's page of access tokens"))
+        elif what is not None:
+            problems.append(Problem(name, what, "Remove it; weights belong in safetensors"))
+    return problems
+
+
+def snippet_of(folder: Path) -> str | None:
+    """Return the first Python block of a folder's card, or None."""
+    path = folder / "README.md"
+    found = _SNIPPET.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return None if found is None else found[1]
+
+
+def _check(folder: Path, *, is_on_hub: bool) -> Report:
+    problems, notes = check_files(folder), []
+    if is_on_hub and (folder / "README.md").is_file():
+        try:
+            ModelCard.load(folder / "README.md", ignore_metadata_errors=True).validate()
+        except (ValueError, yaml.YAMLError) as error:
+            problems.append(Problem("README.md", f"the Hub refuses its header: {error}", "Correct the header"))
+    else:
+        notes.append("the header of the card was read here; the Hub itself checks it when it is uploaded")
+    if (folder / "adapter_config.json").is_file():
+        notes.append("not run: an adapter needs its base model and this package")
+    elif problems:
+        notes.append("not run: its code is run only where nothing is wrong with its files")
+    else:
+        found, printed = _run(folder)
+        problems += found
+        notes += [f"the snippet printed: {line}" for line in printed.splitlines()]
+    return Report(problems, notes)
+
+
+def _run(folder: Path) -> tuple[list[Problem], str]:
+    # It needs numpy and Pillow, which a check of the files alone does not.
+    from geode.hub_cards.stranger import NAME_LINE, run_as_stranger
+
+    snippet = snippet_of(folder)
+    if not NAME_LINE.search(snippet or ""):
+        remedy = 'Write `name = "ORG/NAME"` on a line of its own, and use `name` below it'
+        return [Problem("README.md", 'its snippet has no line `name = "..."` that says what is loaded', remedy)], ""
+    outcome = run_as_stranger(folder, snippet)
+    if outcome.failed_step is None:
+        return [], outcome.printed
+    what = f"{outcome.failed_step} failed where `geode` is not installed: {outcome.error}".rstrip(".")
+    where = "README.md" if "snippet" in outcome.failed_step else "code"
+    return [Problem(where, what, EXPORT_AGAIN)], outcome.printed
+
+
+def _check_weights(folder: Path) -> Iterator[Problem]:
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if not files:
+        yield Problem("*.safetensors", "there are no weights", EXPORT_AGAIN)
+    if not index.is_file():
+        return
+    document = _read_json(index)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict):
+        yield Problem(index.name, "it has no `weight_map`", EXPORT_AGAIN)
+        return
+    for name in sorted(set(weight_map.values())):
+        if name not in files:
+            yield Problem(index.name, f"it names {name}, which is not there", EXPORT_AGAIN)
+            continue
+        try:
+            lost = {key for key, value in weight_map.items() if value == name} - set(read_header(folder / name))
+        except ValueError:  # found by its content already
+            continue
+        if lost:
+            yield Problem(name, f"it lacks `{min(lost)}`, which {index.name} says is there", EXPORT_AGAIN)
+
+
+def _check_manifest(folder: Path) -> Iterator[Problem]:
+    document = _read_json(folder / MANIFEST)
+    tables = [document.get(name) for name in ("code", "files")] if isinstance(document, dict) else [None]
+    if not all(isinstance(table, dict) for table in tables):
+        what = "is missing" if not (folder / MANIFEST).is_file() else "cannot be read"
+        yield Problem(MANIFEST, f"{what}, so that nobody can tell whether the code is what was written", EXPORT_AGAIN)
+        return
+    recorded = {name: value for table in tables for name, value in table.items()}
+    found = recorded_files(folder)
+    for name, value in recorded.items():
+        if name not in found:
+            yield Problem(name, f"it is recorded in {MANIFEST} and not there", EXPORT_AGAIN)
+        elif hash_file(folder / name) != value:
+            yield Problem(
+                name, f"its SHA-256 is not the one in {MANIFEST}: it was changed after it was written", EXPORT_AGAIN
+            )
+    for name in found:
+        if name not in recorded and name.endswith((".py", ".safetensors")):
+            yield Problem(
+                name, f"it is not recorded in {MANIFEST}: it was added later", f"Remove it, or {EXPORT_AGAIN.lower()}"
+            )
+
+
+def _check_code(folder: Path) -> Iterator[Problem]:
+    """Check that `auto_map` leads to classes, and every import within the folder to a file."""
+    if (folder / "adapter_config.json").is_file():
+        return
+    for name in (*_CONFIGS, "tokenizer_config.json"):
+        if (folder / name).is_file():
+            yield from _check_auto_map(folder, name, is_needed=name in _CONFIGS)
+    for path in sorted(folder.glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for module in re.findall(r"^\s*from\s+\.(\w+)\s+import", text, flags=re.MULTILINE):
+            if not (folder / f"{module}.py").is_file():
+                yield Problem(path.name, f"it imports .{module}, which is not there", EXPORT_AGAIN)
+
+
+def _check_auto_map(folder: Path, name: str, *, is_needed: bool) -> Iterator[Problem]:
+    document = _read_json(folder / name)
+    if not isinstance(document, dict):
+        yield Problem(name, "it is no object in JSON", EXPORT_AGAIN)
+        return
+    nested = document.get("image_processor")
+    owners = [document, *([nested] if isinstance(nested, dict) else [])]
+    maps = [owner["auto_map"] for owner in owners if isinstance(owner.get("auto_map"), dict)]
+    if is_needed and "auto_map" not in document:
+        yield Problem(name, "it has no `auto_map`, so that transformers does not find its code", EXPORT_AGAIN)
+    for reference in (str(value) for auto_map in maps for value in auto_map.values()):
+        module, _, class_name = reference.partition(".")
+        if _CODE_OF_OTHERS in reference:
+            yield Problem(name, f"its `auto_map` names {reference}, the code of another repository", EXPORT_AGAIN)
+        elif class_name not in _classes(folder / f"{module}.py"):
+            yield Problem(name, f"its `auto_map` names {reference}, which is not there", EXPORT_AGAIN)
+
+
+def _check_card(folder: Path) -> Iterator[Problem]:
+    path = folder / "README.md"
+    if not path.is_file():
+        yield Problem("README.md", "there is no card", EXPORT_AGAIN)
+        return
+    try:
+        card = ModelCard.load(path, ignore_metadata_errors=False)
+    except (ValueError, yaml.YAMLError) as error:
+        yield Problem(
+            "README.md", f"its header cannot be read: {error}".rstrip("."), "Correct the YAML between the `---`"
+        )
+        return
+    for name in ("license", "library_name", "pipeline_tag"):
+        if not card.data.get(name):
+            yield Problem("README.md", f"its header has no `{name}`", "State it there")
+    for section in SECTIONS:
+        found = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", card.text, flags=re.MULTILINE | re.DOTALL)
+        if found is None or not found[1].strip():
+            yield Problem(
+                "README.md",
+                f'it has no section "{section}", or an empty one',
+                "Write it, or export again with all facts",
+            )
+    if snippet_of(folder) is None:
+        yield Problem("README.md", "it has no Python block that shows its use", "Write one")
+    yield from _check_terms(folder, card)
+
+
+def _check_terms(folder: Path, card: ModelCard) -> Iterator[Problem]:
+    document = _read_json(folder / MANIFEST)
+    entries = document.get("parts") if isinstance(document, dict) else None
+    if not isinstance(entries, dict) or not card.data.get("license"):
+        return
+    stated_parts = {name: entry for name, entry in entries.items() if isinstance(entry, dict) and entry.get("license")}
+    parts = [Part(name, str(entry.get("source")), str(entry["license"])) for name, entry in stated_parts.items()]
+    stated = card.data.license
+    allowed = combined_terms(stated, parts).license
+    if allowed != stated:
+        bound = [part.name for part in parts if part.is_non_commercial or part.license == "other"]
+        yield Problem(
+            "README.md",
+            f"its licence is {stated!r}, and it has parts that do not permit it: {', '.join(bound)}",
+            f"State {allowed!r}, or leave these parts out",
+        )
+
+
+def _check_results(folder: Path) -> Iterator[Problem]:
+    for path in sorted((folder / ".eval_results").glob("*")):
+        name = path.relative_to(folder).as_posix()
+        try:
+            entries = parse_eval_result_entries(yaml.safe_load(path.read_text(encoding="utf-8")))
+            is_sound = len(entries) > 0 and all(isinstance(entry.value, int | float) for entry in entries)
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError):
+            is_sound = False
+        if not is_sound:
+            yield Problem(
+                name, "it is no list of results as the Hub reads it", "Write it again with `geode eval --rescore`"
+            )
+
+
+def _check_presence(folder: Path) -> Iterator[Problem]:
+    document = _read_json(folder / "config.json")
+    model_type = document.get("model_type") if isinstance(document, dict) else None
+    needed = {"LICENSE": "licence", "config.json": "configuration"}
+    if model_type == "geode" and not (folder / "adapter_config.json").is_file():
+        needed["generation_config.json"] = "generation configuration"
+        needed |= {"processor_config.json": "processor", "tokenizer.json": "tokenizer"}
+    elif model_type == "geode_vggt":
+        needed["preprocessor_config.json"] = "processor"
+    for name, what in needed.items():
+        if not (folder / name).is_file():
+            yield Problem(name, f"the {what} is missing", EXPORT_AGAIN)
+
+
+def _read_json(path: Path) -> object:
+    """Return what a JSON file holds; None if there is none or it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _classes(path: Path) -> set[str]:
+    """Return the classes that a module defines; none if it is missing."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return set(re.findall(r"^class (\w+)", text, flags=re.MULTILINE))
+
+
+__all__ = ["Problem", "Report", "check", "check_contents", "check_files", "snippet_of"]
