@@ -707,13 +707,13 @@ def convert_sonata_checkpoint(checkpoint: Mapping[str, Any] | str | os.PathLike)
             the wrong shape.
     """
     arguments, tensors = _read_checkpoint(checkpoint)
-    config = _config_from_reference(arguments)
+    config = config_from_published(arguments)
     # Published files exist with and without it; it is only used in pre-training.
     config.mask_token = "embedding.mask_token" in tensors
     with torch.device("meta"):
         model = SonataModel(config)
     model = model.to_empty(device="cpu").eval()
-    ours = {_published_name(name): value for name, value in model.state_dict().items()}
+    ours = {published_name(name): value for name, value in model.state_dict().items()}
     problems = [f"missing `{name}`" for name in ours if name not in tensors]
     problems += [f"unexpected `{name}`" for name in tensors if name not in ours]
     problems += [
@@ -732,7 +732,8 @@ def convert_sonata_checkpoint(checkpoint: Mapping[str, Any] | str | os.PathLike)
     return model
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
+    """Our parameter name to the published one."""
     for pattern, replacement in _PUBLISHED_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -757,7 +758,7 @@ def _read_checkpoint(checkpoint: Mapping[str, Any] | str | os.PathLike) -> tuple
     return checkpoint["config"], checkpoint["state_dict"]
 
 
-def _config_from_reference(arguments: Mapping[str, Any]) -> SonataConfig:
+def config_from_published(arguments: Mapping[str, Any]) -> SonataConfig:
     """Translate the reference's constructor arguments; refuse what would change the features."""
     known = _REFERENCE_DEFAULTS.keys() | _REFERENCE_SWITCHES.keys() | _REFERENCE_IGNORED | {"enable_flash"}
     unknown = sorted(arguments.keys() - known)
@@ -782,7 +783,9 @@ __all__ = [
     "SonataModel",
     "SonataModelOutput",
     "SonataPreTrainedModel",
+    "config_from_published",
     "convert_sonata_checkpoint",
     "prepare_point_cloud",
+    "published_name",
     "serialize",
 ]

@@ -77,8 +77,8 @@ _CONFIG_NAMES = {
     "dpt_out_channels": "dense_projection_sizes",
     "intermediate_layer_idx": "tapped_layers",
 }
-_MASK_TOKEN = "aggregator.patch_embed.mask_token"
-_TRACKER_PREFIX = "track_head."
+MASK_TOKEN = "aggregator.patch_embed.mask_token"
+TRACKER_PREFIX = "track_head."
 
 
 def is_weights_file(checkpoint: str | os.PathLike) -> bool:
@@ -140,7 +140,7 @@ def read_config(checkpoint: str | os.PathLike, *, revision: str | None = None) -
         ValueError: If the file holds something else than an object in JSON.
     """
     path = find_file(checkpoint, CONFIG_NAME, revision=revision)
-    return None if path is None else _read_object(path)
+    return None if path is None else read_object(path)
 
 
 def resolve_checkpoint(
@@ -169,7 +169,7 @@ def resolve_checkpoint(
         return _checked_state(checkpoint), _resolve_config(config)
     if is_weights_file(checkpoint):
         _check_revision(os.fspath(checkpoint), revision)
-        return _checked_state(_read_weights(Path(checkpoint))), _resolve_config(config)
+        return _checked_state(read_weights(Path(checkpoint))), _resolve_config(config)
     found = read_config(checkpoint, revision=revision) or {}
     if "model_type" in found:
         remedy = "`VggtModel.from_pretrained`" if found["model_type"] == VggtConfig.model_type else "its own class"
@@ -178,13 +178,28 @@ def resolve_checkpoint(
             f"{os.fspath(checkpoint)!r} holds a model of type {found['model_type']!r}. Load it with {remedy}."
         )
     state = _checked_state(_read_folder(checkpoint, revision))
-    if config is None:
-        known = {name: value for name, value in found.items() if _is_size(name)}
-        if len(known) < len(found):
-            # A publisher may state switches of his own program there. The tensors show whether a size was among them.
-            logger.warning(f"Of config.json, {sorted(found.keys() - known.keys())} say nothing to this model.")
-        config = known
-    return state, _resolve_config(config)
+    return state, config_from_published(found) if config is None else _resolve_config(config)
+
+
+def config_from_published(found: Mapping[str, Any]) -> VggtConfig:
+    """
+    Translate the `config.json` of a public checkpoint, whose names are those of the public constructor.
+
+    Args:
+        found (`Mapping`):
+            Its content; what it does not say is as in VGGT-1B.
+
+    Returns:
+        [`VggtConfig`]: The sizes.
+
+    Raises:
+        ValueError: If the values do not describe a VGGT model.
+    """
+    known = {name: value for name, value in found.items() if _is_size(name)}
+    if len(known) < len(found):
+        # A publisher may state switches of his own program there. The tensors show whether a size was among them.
+        logger.warning(f"Of config.json, {sorted(found.keys() - known.keys())} say nothing to this model.")
+    return _resolve_config(known)
 
 
 def convert_state_dict(
@@ -265,7 +280,7 @@ def _read_folder(checkpoint: str | os.PathLike, revision: str | None) -> Mapping
         if path is not None and name == INDEX_NAME:
             return _read_shards(checkpoint, path, revision)
         if path is not None:
-            return _read_weights(path)
+            return read_weights(path)
     text = os.fspath(checkpoint)
     place = (
         f"the folder {text!r}"
@@ -279,7 +294,7 @@ def _read_folder(checkpoint: str | os.PathLike, revision: str | None) -> Mapping
 
 
 def _read_shards(checkpoint: str | os.PathLike, index: Path, revision: str | None) -> dict[str, Any]:
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise ValueError(f"{index} must hold a `weight_map` from tensors to files. Download the checkpoint again.")
     state: dict[str, Any] = {}
@@ -288,11 +303,22 @@ def _read_shards(checkpoint: str | os.PathLike, index: Path, revision: str | Non
         path = find_file(checkpoint, name, revision=revision) if Path(name).name == name else None
         if path is None:
             raise FileNotFoundError(f"{index} names {name!r}, which is not beside it. Download the checkpoint again.")
-        state |= _read_weights(path)
+        state |= read_weights(path)
     return state
 
 
-def _read_weights(path: Path) -> Mapping[str, Any]:
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """
+    Return the content of one file with weights, from disk as it is read; pickled code is refused.
+
+    Args:
+        path (`Path`):
+            A `.safetensors`, `.pt` or `.pth` file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has another ending, or is damaged.
+    """
     if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"`checkpoint` must end in {_or(FILE_SUFFIXES)}, got {os.fspath(path)!r}.")
     if not path.is_file():
@@ -310,7 +336,8 @@ def _read_weights(path: Path) -> Mapping[str, Any]:
         ) from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object that a file in JSON holds; anything else is a ValueError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -364,8 +391,8 @@ def _checked_state(checkpoint: Any) -> dict[str, torch.Tensor]:
 
 
 def _check_tensors(checkpoint: Mapping[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    tracker = {name for name in checkpoint if name.startswith(_TRACKER_PREFIX)}
-    problems = [f"missing `{name}`" for name in shapes if name not in checkpoint and name != _MASK_TOKEN]
+    tracker = {name for name in checkpoint if name.startswith(TRACKER_PREFIX)}
+    problems = [f"missing `{name}`" for name in shapes if name not in checkpoint and name != MASK_TOKEN]
     problems += [f"unexpected `{name}`" for name in checkpoint if name not in shapes and name not in tracker]
     problems += [
         f"`{name}` has shape {tuple(checkpoint[name].shape)}, expected {shape}"
@@ -379,7 +406,7 @@ def _check_tensors(checkpoint: Mapping[str, torch.Tensor], shapes: dict[str, tup
         )
     if tracker:
         logger.warning(
-            f"Dropped the {len(tracker)} tensors `{_TRACKER_PREFIX}*` of the checkpoint: this model does not track points."
+            f"Dropped the {len(tracker)} tensors `{TRACKER_PREFIX}*` of the checkpoint: this model does not track points."
         )
 
 
@@ -389,9 +416,12 @@ def _shown(problems: list[str]) -> str:
 
 __all__ = [
     "checkpoint_name",
+    "config_from_published",
     "convert_state_dict",
     "find_file",
     "is_weights_file",
     "read_config",
+    "read_object",
+    "read_weights",
     "resolve_checkpoint",
 ]

@@ -219,7 +219,7 @@ def test_gradients_match_reference(name):
     (final * torch.sin(0.1 * rows.double() + 0.37 * columns)).sum().backward()
     torch.testing.assert_close(inputs["feat"].grad[:8], torch.tensor(golden["feat_grad_rows0_8"]), **TOLERANCE)
     got = {
-        sonata_geode._published_name(key): value.grad.double().norm().item()
+        sonata_geode.published_name(key): value.grad.double().norm().item()
         for key, value in model.named_parameters()
         if value.grad is not None
     }
@@ -230,7 +230,7 @@ def test_gradients_match_reference(name):
 
 
 def model_names(model: SonataModel) -> set[str]:
-    return {sonata_geode._published_name(key) for key, _ in model.named_parameters()}
+    return {sonata_geode.published_name(key) for key, _ in model.named_parameters()}
 
 
 def test_convolution_matches_dictionary_of_voxels():
@@ -490,8 +490,8 @@ def test_initial_weights_are_those_of_the_reference():
 def test_published_names_and_shapes_are_ours(name):
     published = json.loads((FIXTURES / f"keys_{name}.json").read_text())
     with torch.device("meta"):
-        model = SonataModel(sonata_geode._config_from_reference(published.pop("_config")))
-    got = {sonata_geode._published_name(key): list(value.shape) for key, value in model.state_dict().items()}
+        model = SonataModel(sonata_geode.config_from_published(published.pop("_config")))
+    got = {sonata_geode.published_name(key): list(value.shape) for key, value in model.state_dict().items()}
     assert got == published["keys"]
     # The counts of the released files.
     count = {"sonata": 108_461_376, "sonata_small": 38_648_992}[name]
@@ -500,7 +500,7 @@ def test_published_names_and_shapes_are_ours(name):
 
 def test_default_config_is_the_released_model():
     published = json.loads((FIXTURES / "keys_sonata.json").read_text())["_config"]
-    converted, default = sonata_geode._config_from_reference(published), SonataConfig()
+    converted, default = sonata_geode.config_from_published(published), SonataConfig()
     for name in sonata_geode._REFERENCE_DEFAULTS.keys() - {"shuffle_orders"}:
         assert list_of(getattr(converted, name)) == list_of(getattr(default, name)), name
 
@@ -520,7 +520,7 @@ def test_conversion_reads_all_published_forms(tmp_path):
     for state in states:
         assert len(state) == len(checkpoint["state_dict"]) == 129
         for key, value in state.items():
-            assert torch.equal(value, checkpoint["state_dict"][sonata_geode._published_name(key)])
+            assert torch.equal(value, checkpoint["state_dict"][sonata_geode.published_name(key)])
 
 
 def test_conversion_shares_no_memory():
@@ -575,11 +575,11 @@ def test_conversion_refuses_configurations_it_cannot_reproduce(changes, message)
 
 
 def test_conversion_uses_the_defaults_of_the_reference():
-    config = sonata_geode._config_from_reference({"enc_mode": True})
+    config = sonata_geode.config_from_published({"enc_mode": True})
     assert (config.in_channels, config.order, config.window_rule) == (6, ["z", "z-trans"], "cloud")
-    assert sonata_geode._config_from_reference({"enc_mode": True, "enable_flash": False}).window_rule == "batch"
+    assert sonata_geode.config_from_published({"enc_mode": True, "enable_flash": False}).window_rule == "batch"
     with pytest.raises(ValueError, match="must have `enc_mode` True, got False"):
-        sonata_geode._config_from_reference({})
+        sonata_geode.config_from_published({})
     with pytest.raises(ValueError, match=r"`checkpoint` must hold 'config' and 'state_dict', got \['model'\]"):
         convert_sonata_checkpoint({"model": {}})
 
