@@ -422,6 +422,8 @@ class GeodeConfig(_CheckedConfig):
     Args:
         max_points (`int`, defaults to 65536): Largest cloud that the reconstructor hands to the point encoder.
         initializer_range (`float`, defaults to 0.02): Standard deviation of new weights outside the sub-models.
+        parts (`list[dict]`, *optional*): The public checkpoints that the model was assembled from, with their commits, files and
+            licences. It changes nothing, and is passed on to what is trained from the model.
     """
 
     model_type = "geode"
@@ -468,6 +470,7 @@ class GeodeConfig(_CheckedConfig):
     tie_word_embeddings: bool = True
     max_points: int = 65536
     initializer_range: float = 0.02
+    parts: list[dict] | None = None
 
     @property
     def image_seq_length(self) -> int:

@@ -2,6 +2,7 @@
 """The command `geode`: it parses and dispatches. The work is in modules that are imported when they are needed."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     calibrate.set_defaults(run=_run_calibrate)
     _add_data(commands.add_parser("data", help="make the embedded world, and check training data"))
+    _add_assemble(commands)
     return parser
 
 
@@ -196,6 +198,55 @@ def _add_export(commands) -> None:
     )
     add_card_sources(export)
     export.set_defaults(run=_run_export)
+
+
+def _add_assemble(commands) -> None:
+    assemble = commands.add_parser(
+        "assemble",
+        help="build a checkpoint from its public parts",
+        description="Build a checkpoint from its public parts, and print where each tensor comes from. A SOURCE is a folder, a file, "
+        "or a name on the Hub: OWNER/REPOSITORY, with /FILE and @REVISION where they are needed. What is neither taken over nor "
+        "left out for a stated reason is an error, and nothing is written.",
+    )
+    assemble.add_argument("directory", metavar="DIR", help="a folder that is new or empty")
+    for name, text in (
+        ("vision", "InternViT, as OpenGVLab or transformers has it (default: OpenGVLab/InternViT-300M-448px-V2_5)"),
+        ("language-model", "language model and tokenizer (default: Qwen/Qwen2.5-1.5B-Instruct)"),
+        ("init-from", "InternVL instead of these two, with its projector, such as OpenGVLab/InternVL3-2B-hf"),
+        ("points", "Sonata (default: facebook/sonata/sonata.pth)"),
+    ):
+        assemble.add_argument(f"--{name}", metavar="SOURCE", help=text)
+    reconstructor = assemble.add_mutually_exclusive_group()
+    reconstructor.add_argument(
+        "--reconstructor", metavar="SOURCE", default="facebook/VGGT-1B", help="VGGT (default: %(default)s)"
+    )
+    reconstructor.add_argument(
+        "--no-reconstructor", dest="reconstructor", action="store_const", const=None, help="leave VGGT out"
+    )
+    assemble.add_argument(
+        "--model-overrides", metavar="JSON", default="{}", help='such as \'{"drm_config": {"hidden_size": 512}}\''
+    )
+    assemble.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (default: auto, as each part is published, new ones in float32)",
+    )
+    assemble.add_argument("--seed", metavar="N", type=int, default=0, help="decides the new weights (default: 0)")
+    assemble.add_argument(
+        "--max-shard-size", metavar="SIZE", default="2GB", help="largest size of a file (default: %(default)s)"
+    )
+    assemble.add_argument("--dry-run", dest="is_dry_run", action="store_true", help="print the table, write nothing")
+    assemble.set_defaults(run=_run_assemble)
+
+    licences = commands.add_parser(
+        "licences",
+        help="print the terms of every part of a checkpoint",
+        description="Print the terms of every part that a checkpoint was assembled from, and those of the whole.",
+    )
+    licences.add_argument("checkpoint", metavar="DIR_OR_ID", help="a checkpoint, assembled or trained from one")
+    licences.add_argument("--revision", help="branch, tag or commit of a checkpoint on the Hub")
+    licences.set_defaults(run=_run_licences)
 
 
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
@@ -338,6 +389,35 @@ def _run_export(arguments: argparse.Namespace) -> None:
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("directory", "run")}
     export_model(arguments.directory, **options)
+
+
+def _run_assemble(arguments: argparse.Namespace) -> None:
+    from geode.assemble import Assembly, check_new
+    from geode.hub_cards.licences import verdict
+
+    names = ("vision", "language_model", "init_from", "points", "reconstructor", "dtype", "seed")
+    options = {name: getattr(arguments, name) for name in names}
+    try:
+        options["model_overrides"] = json.loads(arguments.model_overrides)
+    except ValueError as error:
+        raise ValueError(
+            f"`--model-overrides` must be an object in JSON, got {arguments.model_overrides!r}."
+        ) from error
+    check_new(arguments.directory)
+    assembly = Assembly(**options)
+    print(assembly.plan.table())
+    print(f"licence of {verdict(assembly.config.parts)}", flush=True)
+    if arguments.is_dry_run:
+        print(f"not written (dry run): {arguments.directory}")
+        return
+    assembly.write(arguments.directory, max_shard_size=arguments.max_shard_size)
+    print(f"assembled: {arguments.directory}")
+
+
+def _run_licences(arguments: argparse.Namespace) -> None:
+    from geode.hub_cards.licences import licence_report
+
+    print(licence_report(arguments.checkpoint, revision=arguments.revision))
 
 
 def _run_precompute(arguments: argparse.Namespace) -> None:
