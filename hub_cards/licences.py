@@ -12,17 +12,10 @@ from huggingface_hub import metadata_load
 
 from geode.modeling_geode.vggt_conversion_geode import find_file, read_config
 
-from .vggt_card import PUBLISHED_LICENSES
+from .terms import PUBLISHED_LICENSES
 
 
 CARD_NAME = "README.md"
-# What publishers state for their weights, by names on the Hub in lower case. A repository that is not here speaks through its card.
-PUBLISHED = {
-    **PUBLISHED_LICENSES,
-    "facebook/sonata": "cc-by-nc-4.0",
-    "opengvlab/internvit-300m-448px-v2_5": "mit",
-    "qwen/qwen2.5-1.5b-instruct": "apache-2.0",
-}
 # Terms of a publisher's own that are known to allow commercial use, with conditions.
 _COMMERCIAL = ("facebook/vggt-1b-commercial",)
 # Licences that may be combined under the one of this package, if their notices are kept.
@@ -58,7 +51,7 @@ def terms_of_part(name: str, revision: str | None, folder: str | os.PathLike) ->
     """
     card = _card_of(Path(folder))
     stated = {key: card.get(key) for key in ("license", "license_name", "license_link")}
-    published = None if revision is None else PUBLISHED.get(name.lower())
+    published = None if revision is None else PUBLISHED_LICENSES.get(name.lower())
     license_id = published or stated["license"]
     is_non_commercial = _forbids_commerce([published, stated["license"], stated["license_name"]])
     if not is_non_commercial and license_id not in _PERMISSIVE:
