@@ -2,6 +2,7 @@
 # Every target makes its own environment in .venv; set PYTHON to choose the interpreter it is made from.
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 OUT ?= dist/geode-tiny
 TINY ?= geode-tiny
@@ -9,12 +10,13 @@ TINY ?= geode-tiny
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
+DOCS_READY := $(DOCS_VENV)/.ready
 # One thread per worker: two workers that share two cores with many threads each are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ONE_THREAD) $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-invariant dev style check types dist export tiny clean
+.PHONY: help demo test test-all test-gpu test-invariant dev style check types docs dist export tiny clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)$$/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -51,6 +53,12 @@ types: $(READY)  ## check types (mypy cannot see the mapped folders, so they are
 	@$(PY) setup.py --quiet build_py --build-lib build/types
 	@$(PY) -m mypy build/types/geode
 
+docs: $(DOCS_READY)  ## build the site of docs/ into build/site; a broken link fails
+	@rm -rf build/docs-package build/lib
+	@PYTHONWARNINGS=ignore $(DOCS_VENV)/bin/python setup.py --quiet build_py --build-lib build/docs-package
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build
+	@echo "site: build/site/index.html"
+
 dist: $(READY)  ## build the source distribution, and from it the wheel, into dist/
 	@rm -rf build/lib build/bdist.* dist/geode_vlm-*
 	@$(PY) -m build --no-isolation --outdir dist .
@@ -63,16 +71,28 @@ tiny: $(READY)  ## make 2000 rooms and train the tiny model on them; goes on whe
 	@$(PY) -m geode.trainers.world --data $(TINY)/data --out $(TINY)/run
 	@echo "checkpoint and card: $(TINY)/run/checkpoint"
 
-clean:  ## remove what the targets above have made, except .venv and geode-tiny
+clean:  ## remove what the targets above have made, except environments and geode-tiny
 	@rm -rf build dist geode-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
-	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(DOCS_VENV)/*' -prune -exec rm -rf {} +
 
-$(PY):
+define CHECK_PYTHON
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo "geode needs Python 3.11 to 3.13 (transformers 5.23 needs 3.11), and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+endef
+
+$(PY):
+	$(CHECK_PYTHON)
 	@echo "making $(VENV) with $$($(PYTHON) --version 2>&1)"
 	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# The site's tools read docstrings and run nothing, so their environment is small and has no torch.
+$(DOCS_READY): requirements/docs.txt
+	$(CHECK_PYTHON)
+	@echo "making $(DOCS_VENV) with requirements/docs.txt"
+	@$(PYTHON) -m venv --clear $(DOCS_VENV) || { rm -rf $(DOCS_VENV); exit 1; }
+	@$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --no-input --quiet -r requirements/docs.txt
+	@touch $@
 
 # pip is quiet but for errors. The package itself is only linked, so it is installed again when setup.py changes.
 $(READY): requirements/dev.txt setup.py | $(PY)

@@ -359,7 +359,7 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
 
         Raises:
             ValueError: If both or none of `video` and `frames` are given, or there is no geometry and no
-            reconstructor.
+                reconstructor.
         """
         if (video is None) == (frames is None):
             raise ValueError("Exactly one of `video` and `frames` must be given.")

@@ -27,7 +27,7 @@ LEVELS = {
 }
 # Names of the facade that load nothing, so that any folder may use them.
 PLAIN_NAMES = {"geode.__version__", "geode.embedded_scene"}
-OTHER_SOURCES = ("tests", "benchmarks", "examples")
+OTHER_SOURCES = ("tests", "benchmarks", "examples", "docs")
 
 
 def list_sources(*folders: str) -> list[Path]:
@@ -57,6 +57,15 @@ def absolute_imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
+TOOL_FILES = (
+    "Makefile",
+    "MANIFEST.in",
+    "pyproject.toml",
+    "mkdocs.yml",
+    ".ci/run",
+    "requirements/dev.txt",
+    "requirements/docs.txt",
+)
 PACKAGE_SOURCES = list_sources(*LEVELS)
 ALL_SOURCES = [ROOT / "setup.py", *PACKAGE_SOURCES, *list_sources(*OTHER_SOURCES)]
 
@@ -69,7 +78,7 @@ def test_source_file_is_ascii_licensed_and_short(path):
     assert len(text.splitlines()) <= 800
 
 
-@pytest.mark.parametrize("name", ["Makefile", "MANIFEST.in", "pyproject.toml", ".ci/run", "requirements/dev.txt"])
+@pytest.mark.parametrize("name", TOOL_FILES)
 def test_tool_file_is_ascii(name):
     assert (ROOT / name).read_text(encoding="utf-8").isascii()
 
@@ -119,11 +128,23 @@ def test_version_is_the_same_everywhere():
     assert changelog[1] == geode.__version__
 
 
+def read_pins(name: str) -> list[str]:
+    lines = (ROOT / "requirements" / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def test_requirements_pin_exactly_and_torch_first():
-    lines = (ROOT / "requirements" / "dev.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert pins[0] == "torch==2.13.0"
+    assert read_pins("dev.txt")[0] == "torch==2.13.0"
+    pins = [*read_pins("dev.txt"), *read_pins("docs.txt")]
     assert [pin for pin in pins if not re.fullmatch(r"[\w-]+==[\w.]+", pin)] == []
+
+
+def test_tools_of_both_environments_are_the_same():
+    docs = set(read_pins("docs.txt"))
+    names = {pin.split("==")[0] for pin in docs}
+    shared = {pin for pin in read_pins("dev.txt") if pin.split("==")[0] in names}
+    assert len(shared) == 2
+    assert shared <= docs
 
 
 @pytest.mark.parametrize(
