@@ -9,6 +9,7 @@ from importlib import import_module
 
 from geode import __version__
 from geode.publishing_arguments import add_card_sources, add_commands
+from geode.trainers.plan_arguments import add_arguments as add_plan_arguments
 from geode.trainers.precompute_arguments import add_arguments
 
 
@@ -74,6 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("stage", choices=STAGES, help="which stage")
     train.add_argument("options", metavar="OPTION", nargs=argparse.REMAINDER, help="options of the stage")
     train.set_defaults(run=_run_train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="compute what recipes would cost: hours, memory, bytes and rates",
+        description="Compute from recipes and configurations, without weights, data or an accelerator, what training would cost: "
+        "accelerator-hours, memory of a process under DDP, FSDP2 and ZeRO, bytes of a feature store, data rates. Prints Markdown "
+        "with everything that is assumed, each of which is an option.",
+    )
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_run_plan)
 
     _add_eval(
         commands.add_parser(
@@ -429,6 +440,12 @@ def _run_precompute(arguments: argparse.Namespace) -> None:
 def _run_train(arguments: argparse.Namespace) -> None:
     script = import_module(f"geode.trainers.{arguments.stage}")
     script.run_from_arguments(arguments.options, prog=f"geode train {arguments.stage}")
+
+
+def _run_plan(arguments: argparse.Namespace) -> None:
+    from geode.trainers.plan import run
+
+    print(run(arguments))
 
 
 def _run_eval(arguments: argparse.Namespace) -> None:

@@ -10,16 +10,14 @@ from transformers import set_seed
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.data.mixtures import Mixture
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.trainers.costs import activation_bytes, state_bytes
+from geode.trainers.plan_arguments import Assumptions
 from geode.trainers.training_config import GeodeTrainingConfig, overridden
 
 
 MODEL_CONFIGS = {"geode-1.5b": GeodeConfig}
 GIB = 2**30
-TEXT_TOKENS = 96  # of a question with its answer
 DEFAULT_FRAMES = 16
-# Activations of a decoder layer in half precision, in bytes for each token and each unit of width, attention without its
-# matrix. Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4.1.
-BYTES_OF_LAYER = 34
 
 
 def model_on_meta(config: GeodeConfig) -> GeodeForConditionalGeneration:
@@ -149,24 +147,30 @@ def _look_for_data(args: GeodeTrainingConfig) -> tuple[list[str], int | None]:
 
 
 def _memory_lines(model, config: GeodeConfig, args: GeodeTrainingConfig, dtype: str | None) -> list[str]:
-    size = 2 if dtype in ("bfloat16", "float16") else 4
+    assumptions = Assumptions()
     parameters = list(model.parameters())
-    weights = size * sum(parameter.numel() for parameter in parameters)
-    # A gradient and the two moments of Adam, each as the parameter.
-    states = 3 * size * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    weights, states = state_bytes(
+        sum(parameter.numel() for parameter in parameters),
+        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        weight_bytes=2 if dtype in ("bfloat16", "float16") else 4,
+        optimizer_states=assumptions.optimizer_states,
+    )
     text = config.text_config
     frames = args.num_frames or DEFAULT_FRAMES
     shows_frames = getattr(args, "keep_visual_tokens", True)
     length = (
         frames * config.image_seq_length * shows_frames + config.drm_config.num_rationale_tokens * args.use_geometry
     )
-    length += TEXT_TOKENS * args.questions_per_pack
+    length += assumptions.text_tokens * args.questions_per_pack
     tokens = length * args.per_device_train_batch_size
-    layer = tokens * text.hidden_size * BYTES_OF_LAYER
-    kept = tokens * text.hidden_size * 2
-    layers = text.num_hidden_layers * kept + layer if args.gradient_checkpointing else text.num_hidden_layers * layer
-    # Logits in half precision, in float32 for the loss, and their gradient.
-    logits = tokens * text.vocab_size * 10
+    layers, logits = activation_bytes(
+        tokens,
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        vocab_size=text.vocab_size,
+        has_checkpointing=bool(args.gradient_checkpointing),
+        assumptions=assumptions,
+    )
     total = weights + states + layers + logits
     return [
         "memory of one device, an estimate, not measured, before any sharding:",

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from geode.data.feature_store import (
     store_options,
 )
 from geode.modeling_geode.scene_geode import SceneGeometry
+from geode.trainers.costs import stored_scene_bytes
 from geode.trainers.precompute import VideoItem, precompute
 from tests.trainers.common_precompute import load_model, make_rooms
 
@@ -54,6 +56,28 @@ def store(parts, media, tmp_path_factory) -> FeatureStore:
 @pytest.fixture(scope="module")
 def with_frames(parts, media, tmp_path_factory) -> FeatureStore:
     return make_store(parts, media, tmp_path_factory.mktemp("store") / "store", store_vision_features=True)
+
+
+# ---- bytes ----
+
+
+def test_bytes_of_a_scene_are_those_that_a_plan_counts(with_frames, parts):
+    model, _ = parts
+    tensors = with_frames.scene_of(GIVEN).tensors()
+    (tokens, width), frames = tensors["point_tokens"].shape, tensors["video_features"]
+    counted = stored_scene_bytes(
+        point_tokens=tokens,
+        point_width=width,
+        cameras=len(tensors["camera_poses"]),
+        frames=len(frames),
+        patches=math.prod(model.config.patch_grid),
+        vision_width=model.config.vision_config.hidden_size,
+        feature_bytes=4,
+    )
+    small = sum(tensors[name].nbytes for name in ("log_scale", "scale_known"))
+    assert frames.nbytes == counted["vision"]
+    assert sum(value.nbytes for value in tensors.values()) == sum(counted.values()) + small
+    assert small < 16
 
 
 # ---- keys ----

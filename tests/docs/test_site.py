@@ -21,7 +21,7 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
 ]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
-PARSED_COMMANDS = ("README.md", "quickstart.md", "faq.md", "data.md", "training.md", "evaluation.md")
+PARSED_COMMANDS = ("README.md", "quickstart.md", "faq.md", "data.md", "training.md", "evaluation.md", "scaling.md")
 
 
 def label(path: Path) -> str:
