@@ -84,7 +84,7 @@ def complete_vggt(folder: Path, *, source: str, revision: str | None, license_id
 
     link = None if revision is None else f"https://huggingface.co/{source}"
     parts = [] if license_id is None else [Part("weights", source, license_id, revision, link)]
-    text = license_file("apache-2.0", parts)
+    text = license_file(None, parts)
     if license_id is None:
         text = "The licence of the weights is not stated; that of their source applies.\n\nThe code (*.py) is under the following licence.\n\n"
         text += apache_text()

@@ -138,26 +138,27 @@ def combined_terms(own: str, parts: Sequence[Part]) -> Terms:
     return Terms(own)
 
 
-def license_file(own: str, parts: Sequence[Part]) -> str:
+def license_file(own: str | None, parts: Sequence[Part]) -> str:
     """
     Write the licence file of a folder: the terms of its weights or data, part by part, and the licence of its code.
 
     Args:
-        own (`str`): Licence of what was trained or made here.
+        own (`str`, *optional*): Licence of what was trained or made here; None where nothing was.
         parts (`Sequence[Part]`): What it is made of.
 
     Returns:
         `str`: The text of `LICENSE`. Where everything is under Apache-2.0 it is that licence alone.
     """
-    if own == "apache-2.0" and all(part.license == "apache-2.0" for part in parts):
+    if own in (None, "apache-2.0") and all(part.license == "apache-2.0" for part in parts):
         return apache_text()
     lines = ["The contents of this folder have several terms.", ""]
     for part in parts:
         where = part.source if part.revision is None else f"{part.source} at {part.revision}"
         page = part.link or (f"https://huggingface.co/{part.source}" if part.is_on_hub else None)
         lines.append(f"- {part.name} ({where}): {part.license}{f', see {page}' if page else ''}")
-    lines.append(f"- what was added to these: {own}")
-    if any(part.is_non_commercial for part in parts) or "-nc" in own:
+    if own is not None:
+        lines.append(f"- what was added to these: {own}")
+    if any(part.is_non_commercial for part in parts) or "-nc" in (own or ""):
         lines += ["", "As a whole it is not for commercial use."]
     return "\n".join([*lines, "", "The code (*.py) is under the following licence.", "", ""]) + apache_text()
 

@@ -357,8 +357,29 @@ def test_a_run_sees_no_token_and_ends_in_time(exported, monkeypatch):
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
     snippet = 'name = "x"\nimport os\nprint(name, "hf_secret" in os.environ.values(), os.environ["HF_HUB_OFFLINE"])\n'
     assert run_as_stranger(exported, snippet).printed == f"{exported.resolve()} False 1"
+    # Installed here, and no requirement of those that a stranger has.
+    packages = ["geode", "av", "peft", "pyarrow", "pytest", "torch", "transformers", "safetensors", "PIL"]
+    snippet = f'name = "x"\nfrom importlib.util import find_spec\nprint([p for p in {packages} if find_spec(p)])\n'
+    assert run_as_stranger(exported, snippet).printed == str(packages[5:])
     outcome = run_as_stranger(exported, 'name = "x"\n', timeout_s=0.5)
     assert (outcome.failed_step, outcome.error) == ("the run", "it took more than 0.5 s")
+
+
+@pytest.mark.slow
+def test_an_exported_vggt_is_sound(tmp_path, capsys):
+    public, fixtures = tmp_path / "public", Path(__file__).resolve().parents[1] / "fixtures" / "vggt"
+    public.mkdir()
+    shutil.copy(fixtures / "model.safetensors", public)
+    (public / "config.json").write_text(json.dumps(json.loads((fixtures / "config.json").read_text())["model"]))
+    assert main(["export", str(tmp_path / "hub"), "--model", str(public), "--license", "mit"]) == 0
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "hub")]) == 0
+    assert "the snippet printed: torch.Size([1, 2, 42, 56, 1])" in capsys.readouterr().out
+    assert (
+        (tmp_path / "hub" / "LICENSE")
+        .read_text()
+        .startswith("The contents of this folder have several terms.\n\n- weights (public): mit\n\nThe code")
+    )
 
 
 def test_card_is_read_by_the_validators_of_the_client(exported):

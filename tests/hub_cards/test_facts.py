@@ -153,6 +153,7 @@ def test_licence_file_lists_every_part_and_ends_with_that_of_the_code():
     assert "- what was added to these: apache-2.0\n" in text
     assert "As a whole it is not for commercial use.\n" in text
     assert text.endswith(apache_text())
+    assert "what was added" not in license_file(None, [MIT])
     assert "commercial use." not in license_file("mit", [MIT]).removesuffix(apache_text())
 
 
