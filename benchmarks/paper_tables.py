@@ -5,10 +5,11 @@ Tables 2, 3 and 4 of the paper on the embedded world, two controls that it lacks
     python -m geode.trainers.world --data DATA --out tiny          # once: encoders, features, language model, rationale module
     python -m benchmarks.paper_tables --data DATA --world tiny --out tables --table 4
 
-Each variant starts from the same aligned model and rationale module, and takes the same steps of the same curriculum (`locate`,
-then `measure`) in each of several seeds. What is run is kept in a folder of its own, so that an interrupted run goes on, and two tables
-share the variants that they have in common. At the end stand a table of means and standard errors over seeds (`table_4.md`), the same as
-numbers (`.json`) and as a picture (`.png`), and whether true geometry beats that of another room by more than two standard errors.
+Each variant starts from the same aligned model and rationale module, and takes the same steps of the same curriculum (`locate`, then
+`measure`, with the terms of `world_mentions`, without which distances and directions stay guesses) in each of several seeds. What is
+run is kept in a folder of its own, so that an interrupted run goes on, and two tables share the variants that they have in common. At
+the end stand a table of means and standard errors over seeds (`table_4.md`), the same as numbers (`.json`) and as a picture (`.png`),
+and whether true geometry beats that of another room by more than two standard errors.
 
 | Table | Variants, beside GEODE: 16 rationale tokens and the fused features of the room, 8 geometry frames, values regressed |
 | --- | --- |
@@ -38,10 +39,10 @@ from geode.data.feature_store import FeatureStore, StoredScene
 from geode.evaluation.runner import check_run
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.collator import GeodeDataCollator
-from geode.trainers.stage2_trainer import GeodeStage2Trainer
 from geode.trainers.training_setup import load_model
 from geode.trainers.world import NUM_TEST, STORE, World, curriculum_trainer, find_checkpoint, store_features
-from geode.trainers.world_encoders import list_scenes
+from geode.trainers.world_encoders import list_scenes, read_scene_record
+from geode.trainers.world_mentions import MentionCollator, MentionTrainer, unique_boxes
 from geode.trainers.world_scores import BOX_TASK, answer_records, blind_scores, score_answers
 
 
@@ -134,8 +135,8 @@ def number_token_loss(logits: torch.Tensor, labels: torch.Tensor, digit_ids: Seq
     return ((shares - truth) @ values).square().sum() / rows.sum().clamp(min=1)
 
 
-class NumberTokenTrainer(GeodeStage2Trainer):
-    """Stage 2 with [`number_token_loss`] beside the cross-entropy. For one process without accumulated gradients."""
+class NumberTokenTrainer(MentionTrainer):
+    """The curriculum's trainer with [`number_token_loss`] beside the cross-entropy. For one process without accumulated gradients."""
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Compute the loss of a batch."""
@@ -203,6 +204,7 @@ def run(world: World, out: Path, name: str, seed: int) -> dict:
         with_values=variant.with_values,
         num_rationale_tokens=variant.num_rationale_tokens,
     )
+    boxes = {name: unique_boxes(read_scene_record(world.rooms, name)) for name in world.train_scenes}
     for part in PARTS:
         trainer = curriculum_trainer(
             world,
@@ -211,13 +213,14 @@ def run(world: World, out: Path, name: str, seed: int) -> dict:
             processor,
             output_dir=folder / part,
             collator=collator,
-            trainer_class=NumberTokenTrainer if variant.has_number_loss else GeodeStage2Trainer,
+            trainer_class=NumberTokenTrainer if variant.has_number_loss else MentionTrainer,
             drm_path=str(world.out / "stage1"),
             feature_store=str(store.resolve()),
             eval_strategy="no",
             save_steps=200,
             disable_tqdm=True,
         )
+        trainer.data_collator = MentionCollator(trainer.data_collator, boxes)
         trainer.train(resume_from_checkpoint=find_checkpoint(folder / part))
         model = trainer.geode_model
     asked = set(list_scenes(world.rooms, "test")[:NUM_TEST])
