@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `geode assemble` does: public parts become a GEODE checkpoint, tensor by tensor."""
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +23,9 @@ from geode import __version__
 from geode.assembly_plan import NEW, Plan, Vocabulary, make_plan, make_tensor, num_bytes
 from geode.configuration.configuration_geode import GeodeConfig, default_control_tokens
 from geode.data.tokenizer import END_OF_TEXT_TOKEN, TOKEN_ATTRIBUTES, add_geode_tokens
-from geode.hub_cards.licences import terms_of_part, terms_of_whole
+from geode.hub_cards.licences import find_terms
+from geode.hub_cards.manifest import hash_file
+from geode.hub_cards.terms import OWN_LICENSE, combined_terms
 from geode.modeling_geode.chat_geode import IMAGE_TOKEN, RATIONALE_TOKEN, TURN_END_TOKEN
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
@@ -106,6 +107,7 @@ class Assembly:
         sources = _sources(vision, language_model, init_from, points, reconstructor)
         files = {part: find_part(source) for part, source in sources.items()}
         self.parts = {part: (found, _LAYOUTS[part](found)) for part, found in files.items()}
+        self.terms = [find_terms(part, found.name, found.revision, found.folder) for part, found in files.items()]
         self.seed = seed
         part = "language_model" if init_from is None else "vision_language_model"
         speaker, layout = self.parts[part]
@@ -135,18 +137,13 @@ class Assembly:
                 image_token_id=self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
                 rationale_token_id=self.tokenizer.convert_tokens_to_ids(RATIONALE_TOKEN),
                 control_tokens=self.control_tokens,
-                parts=[self._part_facts(part) for part in self.parts],
+                parts=[part._asdict() for part in self.terms],
             )
             config = overridden(config, {name: value for name, value in overrides.items() if name != "control_tokens"})
         except StrictDataclassError as error:
             raise ValueError(f"Parts and `model_overrides` do not make a GEODE model: {error}") from error
         config.architectures = [GeodeForConditionalGeneration.__name__]
         return config
-
-    def _part_facts(self, part: str) -> dict[str, Any]:
-        files, _ = self.parts[part]
-        terms = terms_of_part(files.name, files.revision, files.folder)
-        return {"part": part, "name": files.name, "revision": files.revision, **terms}
 
     def _set_dtype(self, dtype: torch.dtype | None) -> None:
         """What the model is loaded in by default: the language model's type, if none was asked for."""
@@ -227,19 +224,17 @@ class Assembly:
 
     def _facts(self, show_progress: bool) -> dict[str, Any]:
         paths = [path for files, _ in self.parts.values() for path in files.files]
-        with tqdm(
-            total=sum(map(_size, paths)), desc="Hashing parts", unit="B", unit_scale=True, disable=not show_progress
-        ) as bar:
-            digests = {path: _sha256(path, bar) for path in paths}
+        bar = tqdm(paths, desc="Hashing parts", unit="file", disable=not show_progress)
+        hashes = {path: {"sha256": hash_file(path), "bytes": path.stat().st_size} for path in bar}
         parts = []
-        for facts in self.config.parts or []:
-            files, _ = self.parts[facts["part"]]
+        for part in self.terms:
+            files, _ = self.parts[part.name]
             counts = {
-                "read": len({step.source for step in self.plan.steps if step.source and step.part == facts["part"]}),
-                "skipped": sum(found.part == facts["part"] for found in self.plan.skipped),
+                "read": len({step.source for step in self.plan.steps if step.source and step.part == part.name}),
+                "skipped": sum(found.part == part.name for found in self.plan.skipped),
             }
-            hashed = {path.name: {"sha256": digests[path], "bytes": _size(path)} for path in files.files}
-            parts.append({**facts, "files": hashed, "tensors": counts})
+            hashed = {path.name: hashes[path] for path in files.files}
+            parts.append({**part._asdict(), "files": hashed, "tensors": counts})
         return {
             "format_version": FORMAT_VERSION,
             "geode_version": __version__,
@@ -247,7 +242,7 @@ class Assembly:
             "new_parts": sorted({step.part for step in self.plan.steps if step.action == NEW}),
             "new_tokens": self.tokenizer.convert_ids_to_tokens(list(self.vocabulary.new_ids)),
             "parts": parts,
-            **terms_of_whole(parts)._asdict(),
+            **combined_terms(OWN_LICENSE, self.terms)._asdict(),
         }
 
 
@@ -363,19 +358,6 @@ def _write_weights(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         path = folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path, bar: tqdm) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
 
 
 __all__ = ["Assembly", "check_new"]

@@ -417,7 +417,7 @@ def _run_assemble(arguments: argparse.Namespace) -> None:
     check_new(arguments.directory)
     assembly = Assembly(**options)
     print(assembly.plan.table())
-    print(f"licence of {verdict(assembly.config.parts)}", flush=True)
+    print(f"licence of {verdict(assembly.terms)}", flush=True)
     if arguments.is_dry_run:
         print(f"not written (dry run): {arguments.directory}")
         return

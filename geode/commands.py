@@ -194,10 +194,11 @@ def export_model(
         raise ValueError(f"`license_id` is for the card of VGGT weights, got {license_id!r} with GEODE. Leave it out.")
     if facts is None and not _is_tiny(model):
         raise ValueError(
-            f"`facts` must name a YAML file for the card, got none: no file of {os.fspath(model)!r} tells licences, data and intended "
-            "use. docs/hub.md shows one. For a folder with code and no card, `save_pretrained` is enough."
+            f"`facts` must name a YAML file for the card, got none: no file of {os.fspath(model)!r} tells data and intended use. "
+            "docs/hub.md shows one. For a folder with code and no card, `save_pretrained` is enough."
         )
-    stated = read_facts(facts or FACTS / "geode_tiny.yaml", "model")
+    parts = () if origin is None else origin.parts
+    stated = read_facts(facts or FACTS / "geode_tiny.yaml", "model", parts=parts)
     save_model(folder, load_checkpoint(model, revision), stated, results=results, repo_id=repo_id)
     print(f"exported: {folder}")
 

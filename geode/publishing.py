@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from huggingface_hub import RepoCard
 
 from geode.hub_cards.check import check
 from geode.hub_cards.facts import FACTS, CardFacts, read_facts
 from geode.hub_cards.manifest import MANIFEST, write_manifest
 from geode.hub_cards.push import push_folder
-from geode.hub_cards.terms import Part, apache_text, license_file
+from geode.hub_cards.terms import OWN_LICENSE, Part, license_file
 
 
 METRIC = "vsi_bench"
@@ -56,40 +57,34 @@ def save_model(
                 f"The results in {source} must be of this model ({revision}), got those of {scores['run']['model']} "
                 f"({scores['run']['model_revision']}). Ask this model with `geode eval`."
             )
-    commit = commit_of_code()
     # Before the weights, which may be large, whatever may be refused.
     card = build_model_card(
-        checkpoint.model, checkpoint.processor, facts, results=results, repo_id=repo_id, commit=commit
+        checkpoint.model, checkpoint.processor, facts, results=results, repo_id=repo_id, commit=commit_of_code()
     )
     folder.mkdir(parents=True, exist_ok=True)
     copy_results(folder, results)
     checkpoint.model.save_pretrained(folder)
     checkpoint.processor.save_pretrained(folder)
-    (folder / "LICENSE").write_text(license_file(facts.license, facts.parts), encoding="utf-8")
-    card.save(folder / "README.md")
-    write_manifest(folder, commit=commit, parts=facts.parts)
+    complete(folder, card, facts.license, facts.parts)
 
 
-def complete_vggt(folder: Path, *, source: str, revision: str | None, license_id: str | None) -> None:
+def complete(
+    folder: Path, card: RepoCard, license_id: str | None, parts: Sequence[Part], *, is_recorded: bool = True
+) -> None:
     """
-    Add licence and record to a saved VGGT model with its card.
+    Add to a folder what is not its content: licence, card, and the record of its files.
 
     Args:
-        folder (`Path`): Where it has been saved.
-        source (`str`): Where its weights are from.
-        revision (`str`, *optional*): The commit, of a name on the Hub.
-        license_id (`str`, *optional*): Licence of the weights; None where nobody states it.
+        folder (`Path`): The folder.
+        card (`RepoCard`): Its card.
+        license_id (`str`, *optional*): Licence of what was trained or made here; None where nothing was.
+        parts (`Sequence[Part]`): What it is made of.
+        is_recorded (`bool`, defaults to `True`): False leaves out the record, which is for models and adapters.
     """
-    from geode.evaluation.results import commit_of_code
-
-    link = None if revision is None else f"https://huggingface.co/{source}"
-    parts = [] if license_id is None else [Part("weights", source, license_id, revision, link)]
-    text = license_file(None, parts)
-    if license_id is None:
-        text = "The licence of the weights is not stated; that of their source applies.\n\nThe code (*.py) is under the following licence.\n\n"
-        text += apache_text()
-    (folder / "LICENSE").write_text(text, encoding="utf-8")
-    write_manifest(folder, commit=commit_of_code(), parts=parts)
+    (folder / "LICENSE").write_text(license_file(license_id, parts), encoding="utf-8")
+    card.save(folder / "README.md")
+    if is_recorded:
+        write_manifest(folder, license_id=license_id or OWN_LICENSE, parts=parts)
 
 
 def copy_results(folder: Path, results: Sequence[str | os.PathLike]) -> None:
@@ -219,12 +214,7 @@ def write_card(
     else:
         card, parts = build_metric_card(found), []
         _write_metric(folder, found)
-    (folder / "LICENSE").write_text(license_file(found.license, parts), encoding="utf-8")
-    card.save(folder / "README.md")
-    if kind == "adapter":
-        from geode.evaluation.results import commit_of_code
-
-        write_manifest(folder, commit=commit_of_code(), parts=parts)
+    complete(folder, card, found.license, parts, is_recorded=kind == "adapter")
     print(f"card: {folder / 'README.md'}")
 
 
@@ -236,4 +226,4 @@ def _write_metric(folder: Path, facts: CardFacts) -> None:
     (folder / "index.html").write_text(METRIC_PAGE.format(title=facts.name), encoding="utf-8")
 
 
-__all__ = ["complete_vggt", "copy_results", "print_report", "push", "save_model", "write_card"]
+__all__ = ["complete", "copy_results", "print_report", "push", "save_model", "write_card"]

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.data.plans import draw_geometry
+from geode.hub_cards.terms import forbids_commerce
 from geode.hub_cards.vggt_card import resolve_license
 from geode.modeling_geode.geometry_geode import invert_rigid
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
@@ -182,7 +183,7 @@ def load_reconstructor(model: str | os.PathLike, revision: str | None = None) ->
     origin = find_origin(model, revision)
     pinned = {} if origin.commit is None else {"revision": origin.commit}
     license_id = resolve_license(origin.name, origin.commit, None)
-    if license_id is not None and "-nc" in license_id:
+    if forbids_commerce(license_id):
         logger.warning(f"The weights of {origin.name} are under {license_id}: they are not for commercial use.")
     if origin.model_type is None:
         return convert_vggt_checkpoint(origin.model, **pinned)

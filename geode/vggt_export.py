@@ -2,28 +2,35 @@
 """What `geode export` does with VGGT: public weights and our own become a folder with code, processor and card."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers.utils import logging
 
 from geode.configuration.configuration_geode import GeodeConfig, VggtConfig
+from geode.hub_cards.terms import Part, recorded_parts
 from geode.hub_cards.vggt_card import build_vggt_card, resolve_license
 from geode.modeling_geode.vggt_conversion_geode import CONFIG_NAME, find_file, is_weights_file, read_config
 from geode.modeling_geode.vggt_geode import VggtModel, convert_vggt_checkpoint
 from geode.modeling_geode.vggt_processing_geode import VggtImageProcessor
-from geode.publishing import complete_vggt
+from geode.publishing import complete
 
 
 PROCESSOR_NAME = "preprocessor_config.json"
 
 
 class Origin(NamedTuple):
-    """Where a checkpoint is from: its path or name, its `model_type` if it has one, and its commit if it is on the Hub."""
+    """
+    Where a checkpoint is from: its path or name, its `model_type` if it has one, and its commit if it is on the Hub.
+
+    `parts` are what it was assembled from, as its `config.json` has them.
+    """
 
     model: str
     model_type: str | None
     commit: str | None
+    parts: Sequence[Part] = ()
 
     @property
     def is_vggt(self) -> bool:
@@ -71,12 +78,15 @@ def find_origin(model: str | os.PathLike, revision: str | None = None) -> Origin
             "it is. Of public VGGT weights without one, give the path of the file."
         )
     commit = None if Path(text).is_dir() else path.parent.name
-    model_type = (read_config(text, revision=commit) or {}).get("model_type")
+    config = read_config(text, revision=commit) or {}
+    model_type = config.get("model_type")
     if model_type not in (None, GeodeConfig.model_type, VggtConfig.model_type):
         raise ValueError(
             f"`model` must be of GEODE or VGGT, and the config.json of {text!r} has the `model_type` {model_type!r}."
         )
-    return Origin(text, model_type, commit)
+    return Origin(
+        text, model_type, commit, recorded_parts(config.get("parts") or [], f"`parts` in the config.json of {text!r}")
+    )
 
 
 def export_vggt(folder: Path, origin: Origin, *, license_id: str | None = None) -> str | None:
@@ -113,8 +123,8 @@ def export_vggt(folder: Path, origin: Origin, *, license_id: str | None = None) 
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     card = build_vggt_card(model, source=origin.name, revision=origin.commit, license_id=license_id)
-    card.save(folder / "README.md")
-    complete_vggt(folder, source=origin.name, revision=origin.commit, license_id=known_license)
+    link = None if origin.commit is None else f"https://huggingface.co/{origin.name}"
+    complete(folder, card, None, [Part("weights", origin.name, known_license, origin.commit, link)])
     return known_license
 
 

@@ -28,6 +28,8 @@ PLACEHOLDER = "path/to/this/folder"
 TAGS = ("geode", "3d", "spatial-reasoning")
 # Parts of the model that come with weights of their own, and so with terms.
 ENCODERS = ("vision_tower", "language_model", "point_encoder")
+# What an InternVL model, which is one part, brings.
+VISION_LANGUAGE = ("vision_tower", "multi_modal_projector", "language_model")
 PART_NAMES = {"drh": "regression head", "drm": "rationale module", "multi_modal_projector": "projector"}
 NOT_EVALUATED = "Not evaluated."
 
@@ -59,18 +61,18 @@ def build_model_card(
         ValueError: If the facts miss the terms of an encoder of the model, or name another one.
     """
     needed = {*ENCODERS, *(["reconstructor"] if model.config.reconstructor_config is not None else [])}
-    named = {part.name for part in facts.parts}
-    if named != needed:
+    sources = [(name, part.source) for part in facts.parts for name in _modules_of(part)]
+    named = sorted(name for name, _ in sources if name != "multi_modal_projector")
+    if named != sorted(needed):
         raise ValueError(
-            f"`parts` must give source and licence of {sorted(needed)}, which the model holds, got {sorted(named)}. Add what is "
+            f"`parts` must give source and licence of {sorted(needed)}, which the model holds, got {named}. Add what is "
             "missing; of weights that were made here the source is said in words."
         )
     counts = Counter()
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
-    sources = {part.name: part.source for part in facts.parts}
     parts = [
-        {"name": PART_NAMES.get(name, name), "parameters": count, "source": sources.get(name)}
+        {"name": PART_NAMES.get(name, name), "parameters": count, "source": dict(sources).get(name)}
         for name, count in sorted(counts.items())
     ]
     found = read_results(results)
@@ -82,7 +84,7 @@ def build_model_card(
             base_model=_hub_names(facts.parts),
             datasets=_hub_names(facts.data),
             tags=[*TAGS, "custom_code", *facts.tags],
-            **_header(facts, facts.parts),
+            **combined_terms(facts.license, facts.parts).header(),
             **_model_index(facts.name, found),
         ),
         template_path=str(TEMPLATES / "model.md"),
@@ -135,7 +137,7 @@ def build_adapter_card(folder: Path, facts: CardFacts, *, results: Sequence[str 
             base_model_relation="adapter" if base.is_on_hub else None,
             datasets=_hub_names(facts.data),
             tags=[*TAGS, "lora", *facts.tags],
-            **_header(facts, [base]),
+            **combined_terms(facts.license, [base]).header(),
             **_model_index(facts.name, found),
         ),
         template_path=str(TEMPLATES / "adapter.md"),
@@ -191,7 +193,7 @@ def build_dataset_card(folder: Path, facts: CardFacts) -> DatasetCard:
             source_datasets=_hub_names(facts.data),
             tags=[*TAGS, *facts.tags],
             configs=[{"config_name": "default", "data_files": splits}],
-            **_header(facts, facts.data),
+            **combined_terms(facts.license, facts.data).header(),
         ),
         template_path=str(TEMPLATES / "dataset.md"),
         facts=facts,
@@ -219,7 +221,12 @@ def build_metric_card(facts: CardFacts, module: str = "vsi_bench") -> SpaceCard:
     )
     info = metric()._info()
     return SpaceCard.from_template(
-        SpaceCardData(title=facts.name, sdk="static", tags=["evaluate", "metric", *facts.tags], **_header(facts, [])),
+        SpaceCardData(
+            title=facts.name,
+            sdk="static",
+            tags=["evaluate", "metric", *facts.tags],
+            **combined_terms(facts.license, []).header(),
+        ),
         template_path=str(TEMPLATES / "metric.md"),
         facts=facts,
         description=info.description,
@@ -302,17 +309,14 @@ def licence_text(own: str, parts: Sequence[Part]) -> str:
         text = (
             f"What was made here is under `{own}`, but the whole is bound by its parts and is under `{terms.license}`."
         )
-    bound = [part.name.replace("_", " ") for part in parts if part.is_non_commercial]
+    bound = [part.name.replace("_", " ") for part in parts if part.permits_commerce is False]
     if bound:
         return f"{text} **It is not for commercial use**, since that is excluded by: {', '.join(bound)}."
-    return f"{text} **It is not for commercial use.**" if "-nc" in own else text
+    return f"{text} **It is not for commercial use.**" if terms.is_commercial is False else text
 
 
-def _header(facts: CardFacts, parts: Sequence[Part]) -> dict:
-    terms = combined_terms(facts.license, parts)
-    # `None` would be written by some of the classes.
-    found = {"license": terms.license, "license_name": terms.name, "license_link": terms.link}
-    return {name: value for name, value in found.items() if value is not None}
+def _modules_of(part: Part) -> Sequence[str]:
+    return VISION_LANGUAGE if part.name == "vision_language_model" else [part.name]
 
 
 def _hub_names(parts: Sequence[Part]) -> list[str] | None:
@@ -320,8 +324,7 @@ def _hub_names(parts: Sequence[Part]) -> list[str] | None:
 
 
 def _link(part: Part) -> str:
-    page = part.link or (f"https://huggingface.co/{part.source}" if part.is_on_hub else None)
-    where = part.source if page is None else f"[{part.source}]({page})"
+    where = part.source if part.page is None else f"[{part.source}]({part.page})"
     return where if part.revision is None else f"{where} at `{part.revision}`"
 
 

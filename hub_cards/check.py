@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries, snapshot_downl
 from huggingface_hub.utils import disable_progress_bars
 
 from geode.hub_cards.contents import find_danger
-from geode.hub_cards.manifest import MANIFEST, hash_file, read_header, recorded_files
+from geode.hub_cards.manifest import MANIFEST, hash_file, read_header, recorded_files, recorded_terms
 from geode.hub_cards.terms import Part, combined_terms
 
 
@@ -265,16 +265,19 @@ def _check_card(folder: Path) -> Iterator[Problem]:
 
 
 def _check_terms(folder: Path, card: ModelCard) -> Iterator[Problem]:
-    document = _read_json(folder / MANIFEST)
-    entries = document.get("parts") if isinstance(document, dict) else None
-    if not isinstance(entries, dict) or not card.data.get("license"):
+    document, stated = _read_json(folder / MANIFEST), card.data.license
+    if not isinstance(document, dict) or not isinstance(stated, str):
         return
-    stated_parts = {name: entry for name, entry in entries.items() if isinstance(entry, dict) and entry.get("license")}
-    parts = [Part(name, str(entry.get("source")), str(entry["license"])) for name, entry in stated_parts.items()]
-    stated = card.data.license
-    allowed = combined_terms(stated, parts).license
+    try:
+        own, parts = recorded_terms(document)
+    except ValueError as error:
+        yield Problem(MANIFEST, str(error).rstrip("."), EXPORT_AGAIN)
+        return
+    if own is not None:
+        parts.append(Part("what was added", "here", own))
+    allowed = combined_terms(stated, parts).license or "other"
     if allowed != stated:
-        bound = [part.name for part in parts if part.is_non_commercial or part.license == "other"]
+        bound = [part.name for part in parts if combined_terms(stated, [part]).license != stated]
         yield Problem(
             "README.md",
             f"its licence is {stated!r}, and it has parts that do not permit it: {', '.join(bound)}",

@@ -2,6 +2,7 @@
 """What a card states and no file of the folder tells: read from YAML, completed from `facts/common.yaml`, and checked."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -54,13 +55,14 @@ class CardFacts:
     tags: tuple[str, ...] = ()
 
 
-def read_facts(path: str | os.PathLike, kind: str) -> CardFacts:
+def read_facts(path: str | os.PathLike, kind: str, *, parts: Sequence[Part] = ()) -> CardFacts:
     """
     Read the facts of a card. What all cards of a kind state is added from `facts/common.yaml`.
 
     Args:
         path (`str` or `os.PathLike`): A YAML file.
         kind (`str`): `"model"`, `"adapter"`, `"dataset"` or `"metric"`.
+        parts (`Sequence[Part]`): What the model itself says that it is made of; the file adds to it, and may not contradict.
 
     Returns:
         [`CardFacts`]: Complete facts.
@@ -83,16 +85,18 @@ def read_facts(path: str | os.PathLike, kind: str) -> CardFacts:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(own, dict):
         raise ValueError(f"{path} must hold a mapping of facts, got a {type(own).__name__}. docs/hub.md shows one.")
-    return _checked({**common["all"], **common.get(kind, {})}, own, kind, path)
+    return _checked({**common["all"], **common.get(kind, {})}, own, kind, path, parts)
 
 
-def _checked(common: dict, own: dict, kind: str, path: Path) -> CardFacts:
+def _checked(common: dict, own: dict, kind: str, path: Path, parts: Sequence[Part]) -> CardFacts:
     known = {field.name for field in fields(CardFacts)}
     for name in sorted(set(own) - known):
         near = get_close_matches(str(name), known, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else f" The facts are {sorted(known)}."
         raise ValueError(f"{path} has the unknown fact `{name}`.{hint}")
     facts = {**common, **own}
+    if parts:
+        facts.setdefault("parts", {part.name: {} for part in parts})
     missing = [name for name in (*_ALWAYS, *_NEEDED[kind]) if facts.get(name) in (None, "") or _is_bare(facts, name)]
     if missing:
         raise ValueError(
@@ -109,7 +113,7 @@ def _checked(common: dict, own: dict, kind: str, path: Path) -> CardFacts:
         if name in facts:
             facts[name] = _text(facts[name], name)
     check_license(facts["license"], "`license`")
-    facts["parts"] = _parts(facts.get("parts", {}), "parts")
+    facts["parts"] = _parts(facts.get("parts", {}), "parts", parts)
     facts["data"] = _parts(facts["data"], "data") if "data" in facts else ()
     if "base_model" in facts:
         facts["base_model"] = read_part("base_model", facts["base_model"])
@@ -137,12 +141,15 @@ def _texts(value: object, name: str) -> tuple[str, ...]:
     return tuple(_text(entry, name) for entry in value)
 
 
-def _parts(value: object, name: str) -> tuple[Part, ...]:
+def _parts(value: object, name: str, known: Sequence[Part] = ()) -> tuple[Part, ...]:
     if value in ([], {}):
         return ()
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` must map names to their `source` and `license`, got {value!r}.")
-    return tuple(read_part(str(key), entry) for key, entry in value.items())
+    of_model = {part.name: part for part in known}
+    entries = {str(key): entry for key, entry in value.items()}
+    names = dict.fromkeys([*of_model, *entries])
+    return tuple(read_part(key, entries.get(key, {}), of_model.get(key)) for key in names)
 
 
 __all__ = ["FACTS", "KINDS", "CardFacts", "read_facts"]

@@ -2,42 +2,36 @@
 """Licences of the parts of a checkpoint, as their publishers state them, and what follows for the whole."""
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import metadata_load
 
-from geode.modeling_geode.vggt_conversion_geode import find_file, read_config
-
-from .terms import PUBLISHED_LICENSES
+from geode.hub_cards.manifest import MANIFEST, recorded_terms
+from geode.hub_cards.terms import (
+    OWN_LICENSE,
+    PUBLISHED_LICENSES,
+    Part,
+    combined_terms,
+    forbids_commerce,
+    recorded_parts,
+)
+from geode.modeling_geode.vggt_conversion_geode import find_file, read_config, read_object
 
 
 CARD_NAME = "README.md"
-# Terms of a publisher's own that are known to allow commercial use, with conditions.
-_COMMERCIAL = ("facebook/vggt-1b-commercial",)
-# Licences that may be combined under the one of this package, if their notices are kept.
-_PERMISSIVE = ("apache-2.0", "bsd-2-clause", "bsd-3-clause", "mit")
-_OWN_LICENCE = "apache-2.0"
-_NON_COMMERCIAL = re.compile(r"(?:^|-)nc(?:-|$)|non-?commercial|research")
-_ANSWERS = {True: "no", False: "yes", None: "not known"}
+_ANSWERS = {True: "yes", False: "no", None: "not known"}
 
 
-class Whole(NamedTuple):
-    """The licence of a checkpoint, `None` if one of a part is not known, and whether it forbids commercial use."""
-
-    license_id: str | None
-    is_non_commercial: bool | None
-
-
-def terms_of_part(name: str, revision: str | None, folder: str | os.PathLike) -> dict[str, Any]:
+def find_terms(name: str, source: str, revision: str | None, folder: str | os.PathLike) -> Part:
     """
-    Say what is known of a part's licence, in a form that JSON can hold.
+    Say what is known of a part's licence.
 
     Args:
         name (`str`):
+            What it is here, such as `"point_encoder"`.
+        source (`str`):
             Its name on the Hub, or that of a file or folder.
         revision (`str`, *optional*):
             Its commit; `None` for a part that is not from the Hub, whose name tells nothing.
@@ -45,58 +39,24 @@ def terms_of_part(name: str, revision: str | None, folder: str | os.PathLike) ->
             Where its files are. A card among them is read.
 
     Returns:
-        `dict`: `license` (as the Hub names it, or None), `license_name` and `license_link` of terms that the Hub has no name for,
-        `stated_by` (`"publisher"`, `"card"` or None) and `is_non_commercial` (None where that is not known). Where the two
-        speak of different licences, `license` is the publisher's for the weights, and either can forbid commercial use.
+        [`Part`]: Where card and publisher speak of different licences, `license` is the publisher's for the weights, and either can
+        forbid commercial use.
     """
     card = _card_of(Path(folder))
-    stated = {key: card.get(key) for key in ("license", "license_name", "license_link")}
-    published = None if revision is None else PUBLISHED_LICENSES.get(name.lower())
-    license_id = published or stated["license"]
-    is_non_commercial = _forbids_commerce([published, stated["license"], stated["license_name"]])
-    if not is_non_commercial and license_id not in _PERMISSIVE:
-        # Terms of one's own can say anything.
-        is_non_commercial = False if revision is not None and name.lower() in _COMMERCIAL else None
-    if published == "other" and stated["license_link"] is None:
-        stated["license_link"] = f"https://huggingface.co/{name}"
-    stated_by = "publisher" if published else "card" if license_id else None
-    return {**stated, "license": license_id, "stated_by": stated_by, "is_non_commercial": is_non_commercial}
-
-
-def terms_of_whole(parts: Sequence[Mapping[str, Any]]) -> Whole:
-    """
-    Say under which licence a checkpoint is whose parts have these.
-
-    A part that is not for commercial use makes the whole so. Permissive parts are passed on under this package's licence; any other
-    mixture is `"other"`: the terms of each part hold.
-
-    Args:
-        parts (`Sequence[Mapping]`):
-            What [`terms_of_part`] returned for each part.
-
-    Returns:
-        [`Whole`]: The licence.
-
-    Example:
-        >>> terms_of_whole(
-        ...     [
-        ...         {"license": "mit", "is_non_commercial": False},
-        ...         {"license": "cc-by-nc-4.0", "is_non_commercial": True},
-        ...     ]
-        ... )
-        Whole(license_id='cc-by-nc-4.0', is_non_commercial=True)
-    """
-    others = sorted({part["license"] or "" for part in parts} - set(_PERMISSIVE))
-    if any(part["is_non_commercial"] for part in parts):
-        is_non_commercial = True
-    else:
-        is_non_commercial = None if any(part["is_non_commercial"] is None for part in parts) else False
-    if not others:
-        # A permissive name with terms beside it that forbid commercial use is not permissive.
-        return Whole("other" if is_non_commercial else _OWN_LICENCE, is_non_commercial)
-    if "" in others:
-        return Whole(None if is_non_commercial is None else "other", is_non_commercial)
-    return Whole(others[0] if len(others) == 1 and is_non_commercial else "other", is_non_commercial)
+    license_id, link, license_name = (card.get(key) for key in ("license", "license_link", "license_name"))
+    if link is not None and "://" not in link:
+        # Within its repository, and not within what is made of it.
+        link = None if revision is None else f"https://huggingface.co/{source}/blob/{revision}/{link}"
+    stated = Part(name, source, license_id, revision, link, None, license_name, "card" if license_id else None)
+    published = None if revision is None else PUBLISHED_LICENSES.get(source.lower())
+    if published is None:
+        return stated
+    return stated._replace(
+        license=published,
+        link=link or (stated.page if published == "other" else None),
+        is_commercial=False if forbids_commerce(license_id) else None,
+        stated_by="publisher",
+    )
 
 
 def licence_report(checkpoint: str | os.PathLike, *, revision: str | None = None) -> str:
@@ -105,7 +65,7 @@ def licence_report(checkpoint: str | os.PathLike, *, revision: str | None = None
 
     Args:
         checkpoint (`str` or `os.PathLike`):
-            A folder or a name on the Hub.
+            A folder or a name on the Hub: exported, assembled, or trained from one of these.
         revision (`str`, *optional*):
             Branch, tag or commit of a name on the Hub.
 
@@ -114,37 +74,42 @@ def licence_report(checkpoint: str | os.PathLike, *, revision: str | None = None
 
     Raises:
         FileNotFoundError: If there is no such checkpoint, or no `config.json` in it.
-        ValueError: If neither its configuration nor its card says anything.
+        ValueError: If neither its record, its configuration nor its card says anything.
     """
-    config = read_config(checkpoint, revision=revision)
+    record = find_file(checkpoint, MANIFEST, revision=revision)
+    own, parts = (None, []) if record is None else recorded_terms(read_object(record))
+    config = {} if own else read_config(checkpoint, revision=revision)
     if config is None:
         raise FileNotFoundError(f"`checkpoint` must hold a config.json, and {os.fspath(checkpoint)!r} holds none.")
-    parts = config.get("parts")
-    if not parts:
+    parts = parts or recorded_parts(config.get("parts") or [], "`parts` of config.json")
+    if config.get("reconstructor_config") and parts and "reconstructor" not in [part.name for part in parts]:
+        parts.append(Part("reconstructor", "attached later", None))
+    if own is None and not parts:
         return _report_of_card(checkpoint, revision)
     lines = [("part", "from", "licence", "stated by", "commercial use")]
     for part in parts:
-        source = part["name"] + (f"@{part['revision'][:12]}" if part["revision"] else " (a local copy)")
-        licence = part["license"] or "not known"
-        licence += f" ({part['license_name']})" if part.get("license_name") else ""
-        lines.append(
-            (part["part"], source, licence, part["stated_by"] or "nobody", _ANSWERS[part["is_non_commercial"]])
-        )
+        is_copy = part.revision is None and part.stated_by != "facts"
+        source = part.source + (f"@{part.revision[:12]}" if part.revision else " (a local copy)" if is_copy else "")
+        licence = part.license or "not known"
+        licence += f" ({part.license_name})" if part.license_name else ""
+        lines.append((part.name, source, licence, part.stated_by or "nobody", _ANSWERS[part.permits_commerce]))
+    if own is not None:
+        lines.append(("added to these", "", own, "facts", _ANSWERS[combined_terms(own, []).is_commercial]))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    text += [f"terms of {part['part']}: {part['license_link']}" for part in parts if part.get("license_link")]
-    return "\n".join([*text, "", verdict(parts)])
+    text += [f"terms of {part.name}: {part.link}" for part in parts if part.link]
+    return "\n".join([*text, "", verdict(parts, own or OWN_LICENSE)])
 
 
-def verdict(parts: Sequence[Mapping[str, Any]]) -> str:
-    """Say on one line what the licences of parts, see [`terms_of_part`], mean for the whole."""
-    whole = terms_of_whole(parts)
-    unknown = [part["part"] for part in parts if part["license"] is None]
-    text = f"the whole: {whole.license_id or 'not known'}"
-    if whole.is_non_commercial:
-        causes = [part["part"] for part in parts if part["is_non_commercial"]]
+def verdict(parts: Sequence[Part], own: str = OWN_LICENSE) -> str:
+    """Say on one line what the licences of parts, and that of what was added to them, mean for the whole."""
+    whole = combined_terms(own, parts)
+    unknown = [part.name for part in parts if part.license is None]
+    text = f"the whole: {whole.license or 'not known'}"
+    if whole.is_commercial is False:
+        causes = [part.name for part in parts if part.permits_commerce is False] or ["what was added"]
         text += f", not for commercial use, because of {' and '.join(causes)}"
-    elif whole.license_id == "other":
+    elif whole.license == "other":
         text += ": the terms of each part hold, read them before use"
     if unknown:
         text += f"; the licence of {' and '.join(unknown)} is to be found out before anything is published"
@@ -159,23 +124,22 @@ def _report_of_card(checkpoint: str | os.PathLike, revision: str | None) -> str:
             f"`checkpoint` {os.fspath(checkpoint)!r} does not say what it was made from: its config.json has no `parts`, and no card "
             "states a licence. Assemble it with `geode assemble`, or ask who made it."
         )
-    commerce = _forbids_commerce([licence]) or (False if licence in _PERMISSIVE else None)
-    return f"parts: none recorded\nthe whole: {licence}, as its card states (commercial use: {_ANSWERS[commerce]})"
+    answer = _ANSWERS[combined_terms(licence, []).is_commercial]
+    return f"parts: none recorded\nthe whole: {licence}, as its card states (commercial use: {answer})"
 
 
-def _card_of(folder: Path) -> dict[str, Any]:
+def _card_of(folder: Path) -> dict[str, str]:
+    """Return what a card states of its licence."""
     path = folder / CARD_NAME
     try:
         card = (metadata_load(path) or {}) if path.is_file() else {}
     except yaml.YAMLError as error:
         raise ValueError(f"The head of {path} must be YAML, and it is not ({error}). Correct or remove it.") from error
-    licence = card.get("license")
-    # The Hub allows a list of licences; then none of them is the one.
-    return {**card, "license": "other", "license_name": ", ".join(licence)} if isinstance(licence, list) else card
+    found = {key: card[key] for key in ("license", "license_name", "license_link") if card.get(key)}
+    if isinstance(found.get("license"), list):
+        # The Hub allows several; then none of them is the one.
+        found |= {"license": "other", "license_name": ", ".join(map(str, found["license"]))}
+    return {key: str(value) for key, value in found.items()}
 
 
-def _forbids_commerce(names: Sequence[str | None]) -> bool:
-    return any(name is not None and _NON_COMMERCIAL.search(name.lower()) is not None for name in names)
-
-
-__all__ = ["Whole", "licence_report", "terms_of_part", "terms_of_whole", "verdict"]
+__all__ = ["find_terms", "licence_report", "verdict"]

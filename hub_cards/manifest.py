@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`geode_export.json`: which code and which weights a folder holds, by their SHA-256, and where its parts are from."""
+"""`geode_export.json`: which code and which weights a folder holds, by their SHA-256, and the terms of its parts."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from geode import __version__
-from geode.hub_cards.terms import Part
+from geode.hub_cards.terms import Part, recorded_parts
 
 
 MANIFEST = "geode_export.json"
@@ -139,14 +139,14 @@ def recorded_files(folder: Path) -> list[str]:
     ]
 
 
-def write_manifest(folder: Path, *, commit: str | None, parts: Sequence[Part]) -> dict:
+def write_manifest(folder: Path, *, license_id: str, parts: Sequence[Part]) -> dict:
     """
     Record the files of a folder, which is complete but for its card.
 
     Args:
         folder (`Path`): The folder.
-        commit (`str`, *optional*): Commit of the code.
-        parts (`Sequence[Part]`): Where parts of the model are from.
+        license_id (`str`): Licence of what was trained or made here.
+        parts (`Sequence[Part]`): What it is made of.
 
     Returns:
         `dict`: What was written.
@@ -154,20 +154,45 @@ def write_manifest(folder: Path, *, commit: str | None, parts: Sequence[Part]) -
     Raises:
         ValueError: See [`hash_parts`].
     """
+    from geode.evaluation.results import commit_of_code  # slow to import
+
     hashes = {name: hash_file(folder / name) for name in recorded_files(folder)}
-    sources = {
-        part.name: {"source": part.source, "revision": part.revision, "license": part.license} for part in parts
-    }
+    terms = {part.name: {key: value for key, value in part._asdict().items() if key != "name"} for part in parts}
     weights = hash_parts(folder)
     document = {
         "geode": __version__,
-        "commit": commit,
+        "commit": commit_of_code(),
+        "license": license_id,
         "code": {name: value for name, value in hashes.items() if name.endswith(".py")},
         "files": {name: value for name, value in hashes.items() if not name.endswith(".py")},
-        "parts": {name: {**sources.get(name, {}), **weights.get(name, {})} for name in sorted({*sources, *weights})},
+        "parts": {name: {**terms.get(name, {}), **weights.get(name, {})} for name in sorted({*terms, *weights})},
     }
     (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document
+
+
+def recorded_terms(document: dict) -> tuple[str | None, list[Part]]:
+    """
+    Return what a record says of licences.
+
+    Args:
+        document (`dict`): The content of `geode_export.json`.
+
+    Returns:
+        `tuple[str, list[Part]]`: The licence of what was trained or made, None in records without it, and the parts that have terms.
+
+    Raises:
+        ValueError: If a field is of a wrong type.
+    """
+    own, entries = document.get("license"), document.get("parts", {})
+    if not isinstance(own, str | None) or not isinstance(entries, dict):
+        raise ValueError(
+            f"{MANIFEST} must have a text as `license` and an object as `parts`, got {own!r} and {entries!r}. Write it again."
+        )
+    named = [
+        {**entry, "name": name} for name, entry in entries.items() if isinstance(entry, dict) and "source" in entry
+    ]
+    return own, recorded_parts(named, f"`parts` of {MANIFEST}")
 
 
 def _chunks(path: Path, start: int, end: int) -> Iterator[bytes]:
@@ -187,5 +212,6 @@ __all__ = [
     "part_of",
     "read_header",
     "recorded_files",
+    "recorded_terms",
     "write_manifest",
 ]

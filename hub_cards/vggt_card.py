@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card of a folder with a VGGT model: facts of the model and of where its weights are from."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from geode import __version__
-from geode.hub_cards.terms import PUBLISHED_LICENSES
+from geode.hub_cards.terms import PUBLISHED_LICENSES, check_license, forbids_commerce
 from geode.modeling_geode.vggt_geode import VggtModel
 
 
@@ -81,11 +80,8 @@ def resolve_license(source: str, revision: str | None, license_id: str | None) -
     Raises:
         ValueError: If `license_id` is not in the form of a licence's name, or contradicts the publisher.
     """
-    if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license_id):
-        raise ValueError(
-            f"`license_id` must be a licence as the Hub names it, such as 'cc-by-nc-4.0', got {license_id!r}. See "
-            "https://huggingface.co/docs/hub/repositories-licenses."
-        )
+    if license_id is not None:
+        check_license(license_id, "`license_id`")
     published = None if revision is None else PUBLISHED_LICENSES.get(source.lower())
     if published is not None and license_id not in (None, published):
         raise ValueError(
@@ -103,7 +99,7 @@ def _license_text(license_id: str | None, page: str | None, *, is_stated: bool) 
         return f"The weights have terms of their own, which {where} states. Read them before use."
     by_whom = "whoever wrote this folder" if is_stated else f"their [source]({page})"
     text = f"The weights are under `{license_id}`, as stated by {by_whom}."
-    return f"{text} They are not for commercial use." if "-nc" in license_id else text
+    return f"{text} They are not for commercial use." if forbids_commerce(license_id) else text
 
 
 __all__ = ["build_vggt_card", "resolve_license"]

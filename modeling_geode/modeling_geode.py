@@ -167,6 +167,8 @@ class GeodePreTrainedModel(GeodeHubModel):
         base.reconstructor = reconstructor
         vars(base).pop("_digests", None)  # new tensors may lie where those of the old one lay
         self.config.reconstructor_config = base.config.reconstructor_config = config
+        if self.config.parts:  # the terms of the old one, which say nothing of a new one
+            self.config.parts = [part for part in self.config.parts if part["name"] != "reconstructor"]
 
     def train(self, mode: bool = True):
         """Switch to training, except for frozen encoders: they stay in eval mode, without dropout or drop path."""

@@ -413,7 +413,7 @@ def test_saving_what_was_loaded_changes_nothing(small, tmp_path):
         texts = [(folder / name).read_text() for folder in (small["folder"], tmp_path / "again")]
         assert json.loads(texts[0]) == json.loads(texts[1]), name
     # What is trained from it still says what it was made from.
-    assert [part["part"] for part in model.config.parts] == [
+    assert [part["name"] for part in model.config.parts] == [
         "vision_tower",
         "language_model",
         "point_encoder",
@@ -506,14 +506,14 @@ def test_parts_from_the_hub_are_the_default_and_their_facts_written(hub, small, 
     weights = [folder / "model.safetensors" for folder in (tmp_path / "out", small["folder"])]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     facts = json.loads((tmp_path / "out" / "parts.json").read_text())
-    found = {part["part"]: (part["name"], part["revision"], part["license"]) for part in facts["parts"]}
+    found = {part["name"]: (part["source"], part["revision"], part["license"]) for part in facts["parts"]}
     assert found == {
         "vision_tower": (hub["vision"], COMMIT, "mit"),
         "language_model": (hub["language_model"], COMMIT, "apache-2.0"),
         "point_encoder": ("facebook/sonata", COMMIT, "cc-by-nc-4.0"),
         "reconstructor": (hub["reconstructor"], COMMIT, "cc-by-nc-4.0"),
     }
-    assert (facts["license_id"], facts["is_non_commercial"]) == ("cc-by-nc-4.0", True)
+    assert (facts["license"], facts["is_commercial"]) == ("cc-by-nc-4.0", False)
     assert facts["new_tokens"] == NEW_TOKENS
     assert facts["new_parts"] == ["drh", "drm", "multi_modal_projector"]
     points, path = facts["parts"][2], Path(tiny["points"])

@@ -27,8 +27,10 @@ def test_facts_are_completed_by_those_that_all_cards_state(tmp_path):
     assert facts.limitations == (*common["model"]["limitations"], *FACTS["limitations"])
     assert facts.conventions == tuple(common["all"]["conventions"])
     assert "arXiv:2511.11239" in facts.citation
-    assert facts.parts[0] == Part("vision_tower", "OpenGVLab/InternViT-300M-448px-V2_5", "mit", "abc")
-    assert facts.data == (Part("rooms", "org/rooms", "cc-by-4.0", "def"),)
+    assert facts.parts[0] == Part(
+        "vision_tower", "OpenGVLab/InternViT-300M-448px-V2_5", "mit", "abc", stated_by="facts"
+    )
+    assert facts.data == (Part("rooms", "org/rooms", "cc-by-4.0", "def", stated_by="facts"),)
     own = read_facts(write_facts(tmp_path, citation="@misc{a}", conventions=["Lengths are metres."]), "model")
     assert (own.citation, own.conventions) == ("@misc{a}", ("Lengths are metres.",))
 
@@ -76,6 +78,14 @@ def test_that_there_were_no_data_is_said_with_an_empty_list(tmp_path):
             {"data": {"a": {"source": "facebook/VGGT-1B", "license": "mit"}}},
             r"`license` of `a` is 'mit', and facebook/VGGT-1B states 'cc-by-nc-4\.0'",
         ),
+        (
+            {"data": {"a": {"source": "my disk", "license": "cc-by-nc-4.0", "is_commercial": True}}},
+            r"`a` has the licence 'cc-by-nc-4\.0', which excludes commercial use, and `is_commercial` says otherwise",
+        ),
+        (
+            {"data": {"a": {"source": "my disk", "license": "mit", "revision": 7}}},
+            r"`revision` of `a` must be a str, got 7",
+        ),
         ({"data": {"a": {"source": "my disk", "license": "other"}}}, r"`a` has the licence 'other', and no `link`"),
     ],
 )
@@ -120,24 +130,33 @@ def test_facts_in_the_documentation_are_complete(tmp_path):
 @pytest.mark.parametrize(
     ("own", "parts", "want"),
     [
-        ("apache-2.0", [], Terms("apache-2.0")),
-        ("mit", [MIT], Terms("mit")),
-        ("apache-2.0", [MIT, BY_NC], Terms("cc-by-nc-4.0")),
-        ("cc-by-nc-sa-4.0", [BY_NC], Terms("cc-by-nc-sa-4.0")),
-        ("apache-2.0", [OTHER_NC], Terms("other", "non-commercial", "LICENSE")),
-        ("apache-2.0", [BY_NC, OTHER_NC], Terms("other", "non-commercial", "LICENSE")),
+        ("apache-2.0", [], Terms("apache-2.0", True)),
+        ("mit", [MIT], Terms("mit", True)),
+        ("apache-2.0", [MIT, BY_NC], Terms("cc-by-nc-4.0", False)),
+        ("cc-by-nc-sa-4.0", [BY_NC], Terms("cc-by-nc-sa-4.0", False)),
+        ("cc-by-nc-sa-4.0", [BY_NC, OTHER_NC], Terms("other", False)),
+        ("gpl-3.0", [MIT, BY_NC], Terms("other", False)),
+        ("gpl-3.0", [MIT], Terms("gpl-3.0", None)),
+        ("apache-2.0", [OTHER_NC], Terms("other", False)),
+        ("apache-2.0", [BY_NC, OTHER_NC], Terms("other", False)),
         (
             "apache-2.0",
             [BY_NC, BY_NC._replace(license="cc-by-nc-sa-4.0")],
-            Terms("other", "non-commercial", "LICENSE"),
+            Terms("other", False),
         ),
-        ("apache-2.0", [MIT, OTHER_NC._replace(is_commercial=True)], Terms("other", "terms-of-its-parts", "LICENSE")),
-        ("other", [MIT], Terms("other", "terms-of-its-parts", "LICENSE")),
-        ("apache-2.0", [BY_NC._replace(is_commercial=True)], Terms("apache-2.0")),
+        ("apache-2.0", [MIT, OTHER_NC._replace(is_commercial=True)], Terms("other", True)),
+        ("other", [MIT], Terms("other", None)),
     ],
 )
 def test_a_part_that_is_not_for_commerce_binds_the_whole(own, parts, want):
     assert combined_terms(own, parts) == want
+
+
+def test_header_names_terms_that_the_hub_has_no_name_for():
+    assert Terms("mit", True).header() == {"license": "mit"}
+    want = {"license": "other", "license_name": "non-commercial", "license_link": "LICENSE"}
+    assert Terms("other", False).header() == want
+    assert Terms("other", None).header() == {**want, "license_name": "terms-of-its-parts"}
 
 
 def test_licence_file_lists_every_part_and_ends_with_that_of_the_code():
@@ -158,6 +177,6 @@ def test_licence_file_lists_every_part_and_ends_with_that_of_the_code():
 
 
 def test_published_licences_are_known_in_any_case():
-    assert read_part("a", {"source": "Facebook/Sonata", "license": "cc-by-nc-4.0"}).is_non_commercial
+    assert read_part("a", {"source": "Facebook/Sonata", "license": "cc-by-nc-4.0"}).permits_commerce is False
     with pytest.raises(ValueError, match=r"Facebook/Sonata states 'cc-by-nc-4\.0'"):
         read_part("a", {"source": "Facebook/Sonata", "license": "apache-2.0"})
