@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 # Pages that lie elsewhere in the repository, where GitHub shows them.
 OUTSIDE = {
+    "examples/README.md": "examples.md",
     "geode/tiny/README.md": "tiny_checkpoint.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
