@@ -10,8 +10,8 @@ answers, each one a step of what they need, wherever a question names things of 
 2. the same state knows whether it is the first, second or third name of its question;
 3. every later token of the question and of its answer has the boxes of those names, a fifth of the layers on;
 4. and after another fifth, where the third is from the first for one who faces the second;
-5. before the last layer, the last token of each option knows the option's letter, and whether it is the right one; and the mean over
-   the options of a question has the letter of the right one.
+5. before the last layer, the last token of each option knows the option's letter, and whether it is the right one; the mean over the
+   options of a question has the letter of the right one; and every token between options and answer would answer with it.
 
 What reads 2 to 5 is thrown away.
 """
@@ -208,42 +208,53 @@ class MentionTrainer(GeodeStage2Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, {**inputs, "output_hidden_states": True}, True, num_items_in_batch)
         terms = self.name_losses(outputs.hidden_states, boxes, inputs["attention_mask"][:, 0])
-        terms |= self.option_losses(outputs.hidden_states[self.option_layer], options, inputs["attention_mask"][:, 0])
+        seen = (outputs.hidden_states[self.option_layer], outputs.logits, options, inputs["attention_mask"][:, 0])
+        terms |= self.option_losses(*seen)
         for name, term in terms.items():
             self._terms.setdefault(f"names/{name}", []).append(term.item())
         loss = loss + terms["box"] + PLACE_WEIGHT * terms["place"] + terms["later_box"] + terms["turn"]
-        loss = loss + PLACE_WEIGHT * terms["letter"] + terms["right"] + terms["answer"]
+        loss = loss + PLACE_WEIGHT * terms["letter"] + terms["right"] + terms["answer"] + terms["later_answer"]
         return (loss, outputs) if return_outputs else loss
 
     def option_losses(
-        self, states: torch.Tensor, options: torch.Tensor, is_visible: torch.Tensor
+        self, states: torch.Tensor, logits: torch.Tensor, options: torch.Tensor, is_visible: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """
         Compute the terms of options.
 
         Args:
             states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`): Before the last layer.
+            logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`): Of the next token.
             options (`torch.LongTensor` of shape `(batch_size, length, 2)`): See [`MentionCollator`].
             is_visible (`torch.BoolTensor` of shape `(batch_size, length, length)`): The mask of a pack.
 
         Returns:
-            `dict[str, torch.Tensor]`: `letter`, `right` and `answer`, of shape `()`.
+            `dict[str, torch.Tensor]`: `letter`, `right`, `answer` and `later_answer`, of shape `()`.
         """
         states = self.geode_model.model.language_model.norm(states)
         is_answer = options[..., 1] == ANSWER
         is_end = (options[..., 0] != NO_OPTION) & ~is_answer
         letters, rights = options[is_end].unbind(dim=-1)
-        logits = self.heads.option(states[is_end])
+        guesses = self.heads.option(states[is_end])
         # What attention that is still uniform makes of the options of a question.
         seen = (is_visible & is_end[:, None]).to(states.dtype)
-        pooled = ((seen @ states) / seen.sum(dim=-1, keepdim=True).clamp(min=1))[is_answer]
-        right_sum = F.binary_cross_entropy_with_logits(logits[:, 0], rights.to(logits.dtype), reduction="sum")
-        answer_sum = F.cross_entropy(self.heads.answer(pooled), options[is_answer][:, 0], reduction="sum")
-        return {
-            "letter": F.cross_entropy(logits[:, 1:], letters, reduction="sum") / max(1, len(letters)),
-            "right": right_sum / max(1, len(letters)),
-            "answer": answer_sum / max(1, len(pooled)),
+        counts = seen.sum(dim=-1)
+        rows, places = is_answer.nonzero(as_tuple=True)
+        pooled = (seen @ states)[rows, places] / counts[rows, places, None]
+        answers = options[rows, places, 0]
+        # Tokens that have seen all options of a question, up to the one before its answer.
+        waits = is_visible[rows, places] & (counts[rows] == counts[rows, places, None])
+        waits &= torch.arange(waits.shape[1], device=waits.device) < places[:, None]
+        which, columns = waits.nonzero(as_tuple=True)
+        ids = self.processing_class.tokenizer.convert_tokens_to_ids(list(LETTERS))
+        later = logits[rows[which], columns][:, ids]
+        sums = {
+            "letter": (F.cross_entropy(guesses[:, 1:], letters, reduction="sum"), letters),
+            "right": (F.binary_cross_entropy_with_logits(guesses[:, 0], rights.float(), reduction="sum"), letters),
+            "answer": (F.cross_entropy(self.heads.answer(pooled), answers, reduction="sum"), answers),
+            "later_answer": (F.cross_entropy(later, answers[which], reduction="sum"), which),
         }
+        return {name: found / max(1, len(items)) for name, (found, items) in sums.items()}
 
     def name_losses(
         self, hidden_states: Sequence[torch.Tensor], boxes: torch.Tensor, is_visible: torch.Tensor

@@ -165,23 +165,27 @@ def terms_by_loop(trainer, states, boxes, is_visible) -> dict[str, float]:
     return {"box": mean(box), "place": mean(place), "later_box": later_box, "turn": mean(turn)}
 
 
-def option_terms_by_loop(trainer, states, options) -> dict[str, float]:
-    """The three terms of options, token by token; a question's options come before its answer."""
-    letters, rights, answers, ends = [], [], [], []
+def option_terms_by_loop(trainer, states, logits, options) -> dict[str, float]:
+    """The four terms of options, token by token; a question's options come before its answer."""
+    letters, rights, answers, later, ends, last = [], [], [], [], [], 0
+    letter_ids = trainer.processing_class.tokenizer.convert_tokens_to_ids(list("ABCD"))
     for row, column in (options[..., 0] >= 0).nonzero().tolist():
         letter, kind = options[row, column].tolist()
         state = trainer.geode_model.model.language_model.norm(states[row, column])
         if kind == 2:
-            logits = trainer.heads.answer(torch.stack(ends).mean(dim=0))
-            answers.append(-logits.log_softmax(-1)[letter].item())
+            guess = trainer.heads.answer(torch.stack(ends).mean(dim=0))
+            answers.append(-guess.log_softmax(-1)[letter].item())
+            for waiting in range(last, column):
+                later.append(-logits[row, waiting, letter_ids].log_softmax(-1)[letter].item())
             ends = []
             continue
+        last = column
         ends.append(state)
-        logits = trainer.heads.option(state)
-        letters.append(-logits[1:].log_softmax(-1)[letter].item())
-        rights.append(-(logits[0] if kind else -logits[0]).sigmoid().log().item())
+        guess = trainer.heads.option(state)
+        letters.append(-guess[1:].log_softmax(-1)[letter].item())
+        rights.append(-(guess[0] if kind else -guess[0]).sigmoid().log().item())
     mean = statistics.fmean
-    return {"letter": mean(letters), "right": mean(rights), "answer": mean(answers)}
+    return {"letter": mean(letters), "right": mean(rights), "answer": mean(answers), "later_answer": mean(later)}
 
 
 def test_terms_are_those_of_a_loop_and_are_added_to_the_loss(root, tmp_path):
@@ -191,12 +195,13 @@ def test_terms_are_those_of_a_loop_and_are_added_to_the_loss(root, tmp_path):
     boxes, is_visible = batch["mention_boxes"], batch["attention_mask"][:, 0]
     assert (is_visible & ~boxes.isnan().any(dim=-1)[:, None]).sum(dim=-1).max() > 3  # a question names more than three
     without = {name: value for name, value in batch.items() if name not in ("mention_boxes", "options")}
-    states = trainer.model.eval()(**without, output_hidden_states=True).hidden_states
+    outputs = trainer.model.eval()(**without, output_hidden_states=True)
+    states = outputs.hidden_states
     with torch.no_grad():
         found = trainer.name_losses(states, boxes, is_visible)
-        found |= trainer.option_losses(states[trainer.option_layer], batch["options"], is_visible)
+        found |= trainer.option_losses(states[trainer.option_layer], outputs.logits, batch["options"], is_visible)
         expected = terms_by_loop(trainer, states, boxes, is_visible)
-        expected |= option_terms_by_loop(trainer, states[-2], batch["options"])
+        expected |= option_terms_by_loop(trainer, states[-2], outputs.logits, batch["options"])
     assert {name: term.item() for name, term in found.items()} == pytest.approx(expected, rel=1e-4)
     assert (batch["options"][..., 1] == 2).sum() > 1  # questions with options
     weights = {"place": 0.3, "letter": 0.3}
@@ -212,14 +217,17 @@ def test_layers_after_the_names_learn_nothing_from_their_boxes(root, tmp_path):
     boxes, options, is_visible = batch.pop("mention_boxes"), batch.pop("options"), batch["attention_mask"][:, 0]
     ends = {"box": trainer.name_layer, "place": trainer.name_layer}
     ends |= {"later_box": trainer.box_layer, "turn": trainer.turn_layer}
-    ends |= dict.fromkeys(("letter", "right", "answer"), trainer.option_layer)
+    ends |= {
+        **dict.fromkeys(("letter", "right", "answer"), trainer.option_layer),
+        "later_answer": trainer.option_layer + 1,
+    }
     for term, last in ends.items():
         network = trainer.model.train()
         network.zero_grad()
-        states = network(**batch, output_hidden_states=True).hidden_states
-        terms = trainer.name_losses(states, boxes, is_visible) | trainer.option_losses(
-            states[trainer.option_layer], options, is_visible
-        )
+        outputs = network(**batch, output_hidden_states=True)
+        states = outputs.hidden_states
+        terms = trainer.name_losses(states, boxes, is_visible)
+        terms |= trainer.option_losses(states[trainer.option_layer], outputs.logits, options, is_visible)
         terms[term].backward()
         layers = network.model.language_model.layers
         learns = [any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in layers]
