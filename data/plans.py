@@ -25,6 +25,7 @@ PAPER = (250, 249, 246)
 INK = (38, 42, 48)
 FAINT = (128, 132, 138)
 PATH = (32, 92, 196)
+PREDICTION = (214, 64, 42)
 AXES = ((200, 52, 52), (40, 150, 60))
 
 
@@ -110,6 +111,39 @@ def draw_camera_path(draw: ImageDraw.ImageDraw, plan: Plan, cameras: np.ndarray,
         draw.text((x, y), str(number), font=font_of(12), fill=(255, 255, 255), anchor="mm")
         spots.append((x - radius, y - radius, x + radius, y + radius))
     return spots
+
+
+def outline_box(draw: ImageDraw.ImageDraw, plan: Plan, corners: np.ndarray, color, *, width: float) -> None:
+    """Draw the outline of a box from the corners of its footprint, `(4, 2)` or `(4, 3)` in order, on white."""
+    corners = [tuple(corner) for corner in plan.to_page(corners)]
+    draw.line(
+        [*corners, corners[0], corners[1]], fill=(255, 255, 255), width=round((width + 2.0) * SCALE), joint="curve"
+    )
+    draw.line([*corners, corners[0], corners[1]], fill=color, width=round(width * SCALE), joint="curve")
+
+
+def draw_label(draw: ImageDraw.ImageDraw, plan: Plan, text: str, at: np.ndarray, color, taken: list) -> None:
+    """Write a name at a point of the page, or as near to it as other names allow."""
+    font, pad = font_of(13), 3 * SCALE
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="mm")
+    half_x, half_y = 0.5 * (right - left) + pad, 0.5 * (bottom - top) + pad
+    steps = sorted(
+        ((dx, dy) for dx in range(-90, 91, 10) for dy in range(-90, 91, 6)),
+        key=lambda step: step[0] ** 2 + step[1] ** 2,
+    )
+    low, high = plan.origin - plan.half, plan.origin + plan.half
+    for dx, dy in steps:
+        x, y = at[0] + dx * SCALE, at[1] + dy * SCALE
+        x = min(max(x, low[0] + half_x + 2), high[0] - half_x - 2)
+        y = min(max(y, low[1] + half_y + 2), high[1] - half_y - 2)
+        spot = (x - half_x, y - half_y, x + half_x, y + half_y)
+        if all(spot[2] < t[0] or t[2] < spot[0] or spot[3] < t[1] or t[3] < spot[1] for t in taken):
+            break
+    taken.append(spot)
+    if math.hypot(x - at[0], y - at[1]) > 1.6 * half_y + 4 * SCALE:
+        draw.line([tuple(at), (x, y)], fill=color, width=SCALE)
+    draw.rounded_rectangle(spot, radius=4 * SCALE, fill=(255, 255, 255), outline=color, width=SCALE)
+    draw.text((x, y), text, font=font, fill=color, anchor="mm")
 
 
 def draw_arrow(draw: ImageDraw.ImageDraw, start: np.ndarray, along: np.ndarray, color, name: str) -> None:
@@ -216,7 +250,7 @@ def draw_geometry(scene: SceneGeometry, frames: list[np.ndarray], path: Path, *,
     shown = np.linspace(0, len(frames), min(NUM_FRAMES_SHOWN, len(frames)), endpoint=False).astype(int).tolist()
     image, draw = new_page(title)
     bottom = draw_strip(image, draw, frames, shown, 60)
-    plan, beside = lay_out(_outline_of(np.concatenate([points[:, :2], cameras[:, :2, 3]])), bottom)
+    plan, beside = lay_out(outline_of(np.concatenate([points[:, :2], cameras[:, :2, 3]])), bottom)
     paint_points(image, plan, points, (scene.colors * 255).byte().numpy())
     draw_camera_path(draw, plan, cameras, shown)
     extent = " x ".join(f"{side:.2f}" for side in scene.summary()["extent"])
@@ -231,7 +265,7 @@ def draw_geometry(scene: SceneGeometry, frames: list[np.ndarray], path: Path, *,
     save_page(image, path)
 
 
-def _outline_of(points: np.ndarray) -> np.ndarray:
+def outline_of(points: np.ndarray) -> np.ndarray:
     """The smallest of 90 turned rectangles around most of the points, `(4, 2)`: its sides follow the walls."""
     best = None
     for turn in np.deg2rad(np.arange(90)):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -137,6 +138,49 @@ def load_frame_sets(source, *, num_frames: Sequence[int]) -> list[tuple[list[np.
     return [([images[index] for index in indices], np.full(len(indices), np.nan)) for indices in sets]
 
 
+class VideoFacts(NamedTuple):
+    """
+    What a video file holds, counted without decoding it.
+
+    Args:
+        num_frames (`int`): Frames.
+        height (`int`): Of the pictures as they are stored, before a rotation that the file asks for; in pixels.
+        width (`int`): Likewise.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+
+
+def probe_video(path: str | os.PathLike) -> VideoFacts:
+    """
+    Count the frames of a video file, so that one that is too long can be refused before it is decoded.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            A video file.
+
+    Returns:
+        [`VideoFacts`]: Its facts. Frames are counted; the size of the pictures is that of the file's header.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If PyAV is missing.
+        ValueError: If it is not a video, empty or damaged.
+    """
+    path = local_path(path, what="video")
+    _require_av(path)
+    try:
+        container, stream = _open(path)
+        with container:
+            height, width = stream.codec_context.height, stream.codec_context.width
+        num_frames = _count_packets(path)
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(_unreadable(path, str(error))) from error
+    return VideoFacts(num_frames, height, width)
+
+
 def load_image(source) -> np.ndarray:
     """
     Read one image as RGB.
@@ -208,12 +252,16 @@ def local_path(source: str | os.PathLike, *, what: str) -> Path:
 # ---- files ----
 
 
-def _load_file(path: Path, num_frames: Sequence[int]) -> list[tuple[list[np.ndarray], np.ndarray]]:
+def _require_av(path: Path) -> None:
     if av is None:
         raise ImportError(
             f"Reading the video {path} needs PyAV, which is not installed: `pip install geode-vlm[video]`. Or decode "
             "it yourself and pass the frames."
         )
+
+
+def _load_file(path: Path, num_frames: Sequence[int]) -> list[tuple[list[np.ndarray], np.ndarray]]:
+    _require_av(path)
     try:
         total = _count_packets(path)
         sets, kept, decoded = _decode(path, total, num_frames)
@@ -384,9 +432,11 @@ def _warn_if_short(num_available: int, num_frames: int, name: str) -> None:
 
 __all__ = [
     "GeodeImageProcessor",
+    "VideoFacts",
     "load_frame_sets",
     "load_image",
     "load_video_frames",
     "local_path",
+    "probe_video",
     "sample_frame_indices",
 ]

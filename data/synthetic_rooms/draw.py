@@ -6,25 +6,25 @@ Needs Pillow for drawing and PyAV for reading the video; no ray caster.
 """
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.numpy import load_file
 
 from geode.data.plans import (
     INK,
     NUM_FRAMES_SHOWN,
     PATH,
+    PREDICTION,
     SCALE,
-    Plan,
     draw_camera_path,
+    draw_label,
     draw_panel,
     draw_strip,
-    font_of,
     lay_out,
     new_page,
+    outline_box,
     paint_points,
     save_page,
 )
@@ -32,7 +32,6 @@ from geode.data.synthetic_rooms.boxes import footprint
 
 
 TRUTH = (22, 122, 94)
-PREDICTION = (214, 64, 42)
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -88,38 +87,6 @@ def colored_points(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.concatenate(points), np.concatenate(colors)
 
 
-def _outline(draw: ImageDraw.ImageDraw, plan: Plan, box: np.ndarray, color, *, width: float) -> None:
-    corners = [tuple(corner) for corner in plan.to_page(footprint(box))]
-    draw.line(
-        [*corners, corners[0], corners[1]], fill=(255, 255, 255), width=round((width + 2.0) * SCALE), joint="curve"
-    )
-    draw.line([*corners, corners[0], corners[1]], fill=color, width=round(width * SCALE), joint="curve")
-
-
-def _label(draw: ImageDraw.ImageDraw, plan: Plan, text: str, at: np.ndarray, color, taken: list) -> None:
-    """Write a name at a point of the page, or as near to it as other names allow."""
-    font, pad = font_of(13), 3 * SCALE
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font, anchor="mm")
-    half_x, half_y = 0.5 * (right - left) + pad, 0.5 * (bottom - top) + pad
-    steps = sorted(
-        ((dx, dy) for dx in range(-90, 91, 10) for dy in range(-90, 91, 6)),
-        key=lambda step: step[0] ** 2 + step[1] ** 2,
-    )
-    low, high = plan.origin - plan.half, plan.origin + plan.half
-    for dx, dy in steps:
-        x, y = at[0] + dx * SCALE, at[1] + dy * SCALE
-        x = min(max(x, low[0] + half_x + 2), high[0] - half_x - 2)
-        y = min(max(y, low[1] + half_y + 2), high[1] - half_y - 2)
-        spot = (x - half_x, y - half_y, x + half_x, y + half_y)
-        if all(spot[2] < t[0] or t[2] < spot[0] or spot[3] < t[1] or t[3] < spot[1] for t in taken):
-            break
-    taken.append(spot)
-    if math.hypot(x - at[0], y - at[1]) > 1.6 * half_y + 4 * SCALE:
-        draw.line([tuple(at), (x, y)], fill=color, width=SCALE)
-    draw.rounded_rectangle(spot, radius=4 * SCALE, fill=(255, 255, 255), outline=color, width=SCALE)
-    draw.text((x, y), text, font=font, fill=color, anchor="mm")
-
-
 def _as_box(box) -> np.ndarray:
     """Accept seven numbers or an object with `center`, `size` and `yaw`."""
     values = [*box.center, *box.size, box.yaw] if hasattr(box, "center") else list(box)
@@ -158,14 +125,14 @@ def draw_scene(folder: Path, out_png: Path, *, answers: list[tuple[str, object]]
     cameras = load_file(folder / "frames.safetensors")["world_from_cam"]
     boxes = [(item["category"], np.asarray(item["box"])) for item in scene["objects"]]
     for _, box in boxes:
-        _outline(draw, plan, box, TRUTH, width=2.0)
+        outline_box(draw, plan, footprint(box), TRUTH, width=2.0)
     for _, box in predicted:
-        _outline(draw, plan, box, PREDICTION, width=2.5)
+        outline_box(draw, plan, footprint(box), PREDICTION, width=2.5)
     taken = draw_camera_path(draw, plan, cameras, shown)
     for name, box in boxes:
-        _label(draw, plan, name, plan.to_page(box), TRUTH, taken)
+        draw_label(draw, plan, name, plan.to_page(box), TRUTH, taken)
     for name, box in predicted:
-        _label(draw, plan, name, plan.to_page(box), PREDICTION, taken)
+        draw_label(draw, plan, name, plan.to_page(box), PREDICTION, taken)
     entries = [("boxes of the objects (truth)", TRUTH)]
     entries += [("boxes that the model gives", PREDICTION)] if predicted else []
     facts = [

@@ -14,6 +14,7 @@ from geode.modeling_geode.video_processing_geode import (
     load_image,
     load_video_frames,
     local_path,
+    probe_video,
     sample_frame_indices,
 )
 
@@ -103,6 +104,14 @@ def test_load_video_frames_decodes_exactly_the_sampled_frames(video):
     # Centres of 6 segments of 20/6 frames: 1.67, 5, 8.33, 11.67, 15, 18.33; at 10 frames a second.
     assert [number_of(frame) for frame in frames] == [1, 5, 8, 11, 15, 18]
     np.testing.assert_allclose(timestamps_s, [0.1, 0.5, 0.8, 1.1, 1.5, 1.8], atol=1e-6)
+
+
+def test_probe_video_counts_frames_and_says_their_size(video, tmp_path):
+    (frames, _), *_ = load_frame_sets(str(video), num_frames=[10_000])
+    assert probe_video(video) == (len(frames), *frames[0].shape[:2])
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(ValueError, match=r"empty.mp4 \(0 bytes\) cannot be read"):
+        probe_video(tmp_path / "empty.mp4")
 
 
 def test_load_frame_sets_gives_each_sampling_of_one_decode(video, monkeypatch):
