@@ -28,6 +28,7 @@ test: $(READY)  ## run the tests that need no GPU and no network
 	@$(PYTEST) -n $(WORKERS)
 
 test-all: $(READY)  ## run the slow tests as well
+	@scripts/system_packages.sh
 	@$(PYTEST) -n $(WORKERS) -m "not gpu and not hub and not invariant"
 
 test-gpu: $(READY)  ## run the tests that need a CUDA device
@@ -95,8 +96,9 @@ $(DOCS_READY): requirements/docs.txt
 	@touch $@
 
 # pip is quiet but for errors. The package itself is only linked, so it is installed again when setup.py changes.
-$(READY): requirements/dev.txt setup.py | $(PY)
+$(READY): requirements/dev.txt requirements/ui.txt setup.py | $(PY)
 	@echo "installing requirements/dev.txt and geode into $(VENV); the first time this downloads torch"
 	@$(PIP) install --quiet -r requirements/dev.txt
+	@$(PIP) install --quiet --no-deps -r requirements/ui.txt
 	@PYTHONWARNINGS=ignore $(PIP) install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

@@ -15,15 +15,17 @@ VIDEO = ["av"]
 TRAIN = ["trl>=1.16,<2", "peft", "datasets", "evaluate"]
 WORLD = ["embreex", "av", "pyarrow"]
 GEOMETRY = ["scipy"]  # normals of large point clouds
-DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "build", "mypy"]
+UI = ["gradio>=6.31,<7"]  # older ones refuse huggingface_hub 2, or were not tried
+DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "build", "mypy", "selenium"]
 EXTRAS = {
     "video": VIDEO,
     "train": TRAIN,
     "demo": VIDEO,
     "world": WORLD,
     "geometry": GEOMETRY,
+    "ui": [*UI, *VIDEO],
     "cuda": ["mamba-ssm", "causal-conv1d", "flash-attn"],
-    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD, *GEOMETRY],
+    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD, *GEOMETRY, *UI],
 }
 
 

@@ -47,9 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser("demo", help="ask the embedded scene its questions, offline")
+    demo.add_argument("--out", metavar="DIR", help="where the picture goes (default: geode-demo)")
     demo.add_argument(
-        "--out", metavar="DIR", default="geode-demo", help="where the picture goes (default: %(default)s)"
+        "--ui", dest="is_page", action="store_true", help="serve a page instead, to upload a video and ask about it"
     )
+    demo.add_argument(
+        "--port", metavar="N", type=int, help="with --ui: the port (default: the first free one from 7860)"
+    )
+    _add_model(demo, "with --ui: a checkpoint (default: the tiny one of this package)")
     demo.set_defaults(run=_run_demo)
 
     _add_ask(commands.add_parser("ask", help="ask questions about a video"))
@@ -358,15 +363,31 @@ def _add_data(data: argparse.ArgumentParser) -> None:
     check.set_defaults(run=_run_check)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR_OR_ID", help="a checkpoint (default: the tiny one of this package)")
+def _add_model(
+    parser: argparse.ArgumentParser, text: str = "a checkpoint (default: the tiny one of this package)"
+) -> None:
+    parser.add_argument("--model", metavar="DIR_OR_ID", help=text)
     parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the Hub")
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:
+    if arguments.is_page:
+        if arguments.out is not None:
+            raise ValueError(
+                f"`--out` is for the picture that `--ui` does not make, got {arguments.out!r}. Leave it out."
+            )
+        from geode.ui import run_ui
+
+        run_ui(arguments.model, arguments.revision, port=arguments.port)
+        return
+    for name in ("model", "revision", "port"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(
+                f"`--{name}` is for the page, got {getattr(arguments, name)!r} without `--ui`. Add `--ui`."
+            )
     from geode.demo import run_demo
 
-    run_demo(arguments.out)
+    run_demo(arguments.out or "geode-demo")
 
 
 def _run_ask(arguments: argparse.Namespace) -> None:

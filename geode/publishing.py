@@ -14,7 +14,7 @@ from geode.hub_cards.check import check
 from geode.hub_cards.facts import FACTS, CardFacts, read_facts
 from geode.hub_cards.manifest import MANIFEST, write_manifest
 from geode.hub_cards.push import push_folder
-from geode.hub_cards.terms import OWN_LICENSE, Part, license_file
+from geode.hub_cards.terms import OWN_LICENSE, Part, apache_text, license_file
 
 
 METRIC = "vsi_bench"
@@ -182,12 +182,13 @@ def write_card(
     results: Sequence[str | os.PathLike] = (),
 ) -> None:
     """
-    Write the card of an adapter, a dataset or a metric, and what belongs to it. Prints its path.
+    Write the card of an adapter, a dataset, a metric or the Space, and what belongs to it. Prints its path.
 
     Args:
-        kind (`str`): `"adapter"`, `"dataset"` or `"metric"`.
-        directory (`str` or `os.PathLike`): The folder; that of a metric is made, with the metric in it.
-        facts (`str` or `os.PathLike`, *optional*): See `geode.hub_cards.facts.read_facts`; of a metric the shipped ones are the default.
+        kind (`str`): `"adapter"`, `"dataset"`, `"metric"` or `"space"`.
+        directory (`str` or `os.PathLike`): The folder; that of a metric or of the Space is made, with its files in it.
+        facts (`str` or `os.PathLike`, *optional*): See `geode.hub_cards.facts.read_facts`; of a metric the shipped ones are the default,
+            and the Space has none.
         results (`Sequence[str | os.PathLike]`): For the card of an adapter: folders of `geode eval`.
 
     Raises:
@@ -197,6 +198,14 @@ def write_card(
     from geode.hub_cards.cards import build_adapter_card, build_dataset_card, build_metric_card
 
     folder = Path(directory)
+    if kind == "space":
+        if facts is not None or results:
+            raise ValueError(
+                "The card of the Space takes neither `facts` nor `results`. Leave them out, and edit its README.md."
+            )
+        _write_space(folder)
+        print(f"card: {folder / 'README.md'}")
+        return
     if facts is None and kind != "metric":
         raise ValueError(
             f"`facts` must name a YAML file, got none: the card of a {kind} states more than its files tell."
@@ -224,6 +233,15 @@ def _write_metric(folder: Path, facts: CardFacts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(vsi_bench.__file__, folder / f"{METRIC}.py")
     (folder / "index.html").write_text(METRIC_PAGE.format(title=facts.name), encoding="utf-8")
+
+
+def _write_space(folder: Path) -> None:
+    from geode.hub_cards import space
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("README.md", "app.py", "requirements.txt"):
+        shutil.copy(Path(space.__file__).with_name(name), folder / name)
+    (folder / "LICENSE").write_text(apache_text(), encoding="utf-8")
 
 
 __all__ = ["complete", "copy_results", "print_report", "push", "save_model", "write_card"]

@@ -44,11 +44,13 @@ def add_commands(commands) -> None:
 
     card = commands.add_parser(
         "card",
-        help="write the card of an adapter, a dataset or a metric",
+        help="write the card of an adapter, a dataset, a metric or the Space",
         description="Write the card, the licence and what belongs to them into a folder. A model gets its card by `geode export`.",
     )
-    card.add_argument("kind", choices=("adapter", "dataset", "metric"), help="what the folder holds, or will hold")
-    card.add_argument("directory", metavar="DIR", help="the folder; that of a metric is made")
+    card.add_argument(
+        "kind", choices=("adapter", "dataset", "metric", "space"), help="what the folder holds, or will hold"
+    )
+    card.add_argument("directory", metavar="DIR", help="the folder; that of a metric or of the Space is made")
     add_card_sources(card)
     card.set_defaults(run=_run_card)
 

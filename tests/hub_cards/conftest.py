@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +24,25 @@ def exported(tmp_path_factory) -> Path:
 def folder(exported, tmp_path) -> Path:
     """A copy of the export that a test may spoil."""
     return Path(shutil.copytree(exported, tmp_path / "geode-tiny"))
+
+
+@pytest.fixture(scope="module")
+def uploads_folder(tmp_path_factory) -> Path:
+    """Where `page` keeps what is uploaded."""
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def page(uploads_folder) -> Iterator[str]:
+    """The address at which a process of its own serves the page of `geode demo --ui`."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "geode.cli", "demo", "--ui", "--port", str(port)]
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(uploads_folder)}
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        line = server.stdout.readline()
+        assert line.startswith("page: "), line
+        yield line.removeprefix("page: ").strip()
+        server.terminate()
