@@ -224,7 +224,7 @@ def test_picture_shows_the_walls_along_the_page(tmp_path, monkeypatch):
     """The embedded room stands askew in its frame; drawn, its walls are straight: few columns hold most of the edge."""
     monkeypatch.setattr(plans, "SCALE", 1)
     scene = SceneGeometry.load(geode.embedded_scene() / "geometry")
-    outline = plans._outline_of(scene.points[:, :2].double().numpy())
+    outline = plans.outline_of(scene.points[:, :2].double().numpy())
     side = outline[1] - outline[0]
     floor_plan = json.loads((geode.embedded_scene() / "scene.json").read_text())["room"]["floor_polygon"]
     wall = np.subtract(floor_plan[1], floor_plan[0])
