@@ -21,6 +21,7 @@ from geode.modeling_geode.collation_geode import collate_scenes
 from geode.modeling_geode.geometry_geode import transform_boxes
 from geode.modeling_geode.scene_encoding_geode import digest_of
 from geode.modeling_geode.scene_geode import SceneGeometry
+from geode.modeling_geode.scene_store_geode import PIXEL_SETTINGS
 
 
 FORMAT_VERSION = 1  # of the files
@@ -44,17 +45,6 @@ _ENCODER_SETTINGS = {
     "reconstructor": ("reconstructor_config",),
     "vision_tower": ("vision_config", "vision_feature_layer", "vision_feature_select_strategy"),
 }
-_PIXEL_SETTINGS = (
-    "do_convert_rgb",
-    "do_normalize",
-    "do_rescale",
-    "do_resize",
-    "image_mean",
-    "image_std",
-    "resample",
-    "rescale_factor",
-    "size",
-)
 # The processor asks a scene how many rationale tokens it has. The model makes them anew, as many as are asked for.
 _ANY_NUMBER_OF_TOKENS = 65_536
 
@@ -113,7 +103,7 @@ def store_options(
     """
     config, tower, reconstructor = model.config, None, None
     if has_video_features:
-        settings = {name: getattr(processor.image_processor, name, None) for name in _PIXEL_SETTINGS}
+        settings = {name: getattr(processor.image_processor, name, None) for name in PIXEL_SETTINGS}
         settings["size"] = dict(processor.image_processor.size)
         tower = {
             "digest": frozen_encoder_digest(model, "vision_tower"),

@@ -19,9 +19,10 @@ logger = logging.get_logger(__name__)
 
 STORE_VERSION = 1  # raised when the same key comes to stand for other tokens
 _SUFFIX, _LOCK, _SCRATCH = ".safetensors", ".lock", "unfinished"
-# What the processor's calls may set of a scene, and how its image processor prepares pixels.
+# What the calls of the processor may set of a scene.
 _OPTIONS = ("num_frames", "num_geometry_frames", "use_geometry")
-_PIXEL_SETTINGS = (
+# Of the image processor: with other ones the same frames are other pixels.
+PIXEL_SETTINGS = (
     "do_convert_rgb",
     "do_normalize",
     "do_rescale",
@@ -119,7 +120,7 @@ class SceneStore:
             "video": _content_digest(video),
             "options": {"use_geometry": True, **chosen},
             "encoders": self.model.model.encoder_digest(),
-            "pixels": {name: getattr(processor.image_processor, name, None) for name in _PIXEL_SETTINGS},
+            "pixels": {name: getattr(processor.image_processor, name, None) for name in PIXEL_SETTINGS},
         }
         facts["pixels"]["size"] = dict(processor.image_processor.size)
         if facts["options"]["use_geometry"]:
@@ -205,4 +206,4 @@ def _content_digest(video: Path) -> str | list[list[str]]:
     return [[path.name, sha256_of(path)] for path in sorted(video.iterdir()) if path.is_file()]
 
 
-__all__ = ["SceneStore"]
+__all__ = ["PIXEL_SETTINGS", "SceneStore"]

@@ -123,8 +123,6 @@ def write_longer(path):
 def test_what_does_not_belong_there_is_named(tmp_path, name, write, message):
     write(tmp_path / name)
     found = find_danger(tmp_path / name)
-    assert found is not None
-
     assert re.search(message, found), found
 
 
