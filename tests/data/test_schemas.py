@@ -10,6 +10,7 @@ from geode.data.schemas import (
     DEFAULT_UNITS,
     Record,
     answer_fields,
+    bare_prompt,
     benchmark_prompt,
     conversation_fields,
     default_unit,
@@ -53,6 +54,13 @@ def test_strip_media_tokens_leaves_the_text_alone(text, expected):
 )
 def test_strip_media_tokens_leaves_no_token(pieces):
     assert re.search("<(image|video)>", strip_media_tokens("".join(pieces))) is None
+
+
+@pytest.mark.parametrize("options", [None, ["A. left", "B. right"]])
+def test_bare_prompt_keeps_question_and_options(options):
+    expected = "\n".join(["Where is it?", *(["Options:", *options] if options else [])])
+    prompt = benchmark_prompt("Where is it?", options)
+    assert bare_prompt(prompt) == bare_prompt(expected) == expected != prompt
 
 
 @pytest.mark.parametrize(

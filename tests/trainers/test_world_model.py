@@ -10,6 +10,7 @@ import torch
 
 from geode.data.schemas import Record, benchmark_prompt
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.trainers import world_language
 from geode.trainers.world_language import NUM_OTHERS, draw_objects, language_gate, pretrain_language_model, text_of
 from geode.trainers.world_model import frequent_phrases, make_config, make_processor
 
@@ -91,6 +92,23 @@ def test_language_model_learns_from_text_alone_by_its_seed(records):
         assert {name.split(".")[1] for name in changed} <= {"language_model", "weight"}
     assert losses[0] == losses[1] != losses[2]
     assert losses[0] < math.log(len(processor.tokenizer))
+
+
+def test_three_of_four_chats_begin_with_a_list(records, monkeypatch):
+    listed = []
+
+    def write(record, objects=()):
+        listed.append(bool(objects))
+        return text_of(record, objects)
+
+    monkeypatch.setattr(world_language, "text_of", write)
+    processor = make_processor(records, NAMES)
+    model = GeodeForConditionalGeneration(make_config(processor))
+    options = {"scenes": {"a": SCENE}, "num_steps": 4, "batch_size": 8, "length": 512}
+    pretrain_language_model(model, processor.tokenizer, records, **options)
+    assert len(listed) > 100
+    # Four standard deviations of the binomial.
+    assert abs(sum(listed) / len(listed) - 0.75) < 4 * (0.75 * 0.25 / len(listed)) ** 0.5
 
 
 def test_text_of_lists_things_before_the_question(records):
