@@ -205,6 +205,10 @@ class MentionTrainer(GeodeStage2Trainer):
         boxes = inputs.pop("mention_boxes", None)
         options = inputs.pop("options", None)
         if boxes is None:
+            if model.training:
+                raise ValueError(
+                    "`data_collator` must be a `MentionCollator`, got batches without `mention_boxes`. Wrap it in one."
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, {**inputs, "output_hidden_states": True}, True, num_items_in_batch)
         terms = self.name_losses(outputs.hidden_states, boxes, inputs["attention_mask"][:, 0])

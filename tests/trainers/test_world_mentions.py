@@ -246,6 +246,13 @@ def test_nothing_named_adds_nothing(root, tmp_path):
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in trainer.model.parameters())
 
 
+def test_training_without_its_collator_is_refused(root, tmp_path):
+    trainer = make_trainer(root, tmp_path, max_steps=1)
+    trainer.data_collator = trainer.data_collator.collator
+    with pytest.raises(ValueError, match="`data_collator` must be a `MentionCollator`"):
+        trainer.train()
+
+
 def test_interrupted_run_goes_on_with_the_heads_that_it_had(root, tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
     whole = make_trainer(root, tmp_path / "whole", **options)
