@@ -4,6 +4,7 @@
 import json
 from dataclasses import dataclass, field, fields
 
+import torch
 from trl.trainer.base_config import _BaseConfig  # private, but the base of every config of trl; checked on trl 1.16
 
 from geode.configuration.configuration_geode import (
@@ -143,6 +144,8 @@ class GeodeTrainingConfig(_BaseConfig):
     def __post_init__(self):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
+        # The library refuses bf16 where there is no accelerator. A dry run computes nothing with it.
+        self.use_cpu = self.use_cpu or (self.dry_run and not torch.accelerator.is_available())
         super().__post_init__()
         for name in ("media_root", "feature_store", "model_overrides"):
             setattr(self, name, _parsed(name, getattr(self, name)))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from geode.configuration.configuration_geode import GeodeConfig
@@ -89,3 +90,11 @@ def test_overrides_are_checked_against_the_model():
     with pytest.raises(StrictDataclassClassValidationError, match="divisible"):
         overridden(tiny_config(), {"drm_config": {"num_attention_heads": 7}})
     assert overridden(GeodeConfig(), None).to_dict() == GeodeConfig().to_dict()
+
+
+def test_dry_run_in_bf16_needs_no_accelerator():
+    """On a machine without one the library refuses bf16, unless it is told to use the CPU."""
+    config = GeodeTrainingConfig("out", bf16=True, dry_run=True)
+    assert config.use_cpu is not torch.accelerator.is_available()
+    assert config.bf16
+    assert not GeodeTrainingConfig("out", use_cpu=False, bf16=False).use_cpu
