@@ -28,9 +28,10 @@ from transformers import AutoProcessor, set_seed
 from geode import embedded_scene, tiny_checkpoint
 from geode.data.schemas import Record
 from geode.data.synthetic_rooms.questions import prompt_of
+from geode.demo import read_questions
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.trainers.collator import GeodeDataCollator
-from geode.trainers.tiny import make_config, read_rows
+from geode.trainers.world_model import make_config
 
 
 SIZES = {
@@ -64,7 +65,8 @@ def make_model(processor, size: str) -> GeodeForConditionalGeneration:
 
 def make_records(count: int) -> list[Record]:
     """Questions about the embedded scene, of all its types in turn."""
-    rows = read_rows(embedded_scene())
+    names = ("questions.jsonl", "train_questions.jsonl")
+    rows = [row for name in names for row in read_questions(embedded_scene() / name)]
     rows = [rows[number * len(rows) // count] for number in range(count)]
     return [
         Record(

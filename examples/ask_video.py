@@ -5,7 +5,7 @@ Ask a video: it is encoded once, and any number of questions are answered in tex
     python examples/ask_video.py
     python examples/ask_video.py my_room.mp4 --model ORG/NAME --question "How far is the bed from the door, in feet?"
 
-Without arguments it asks the shipped checkpoint about the room that it knows. A model without a reconstructor needs the scene's geometry to
+Without arguments it asks the shipped checkpoint about the shipped room, in the benchmark's words, which so small a model needs. A model without a reconstructor needs the scene's geometry to
 measure: own_rgbd.py makes it from depth images, `geode reconstruct` from frames alone.
 """
 
@@ -18,9 +18,9 @@ from geode import GeodeForConditionalGeneration, GeodeProcessor
 
 ROOM = geode.embedded_scene()
 QUESTIONS = [
-    "How many chairs are in this room?",
+    "How many chair(s) are in this room?",
     "Locate the sofa.",
-    "What is the size of this room (in square feet)?",
+    "What is the size of this room (in square meters)? If multiple rooms are shown, estimate the size of the combined space.",
 ]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,8 +48,6 @@ for question, answer in zip(questions, model.ask(processor, scene, questions, us
     print(f"{question} {answer.text}")
     for value in answer.values:  # regressed numbers, in the unit that the question asks for
         print(f"  {value.value} {value.unit}")
-    for (
-        box
-    ) in answer.boxes:  # metres and radians in the scene's frame: +z up, origin on the floor below the first camera
+    for box in answer.boxes:  # metres and radians: +z up, origin on the floor below the first camera
         print(f"  center {box.center}, size {box.size}, yaw {box.yaw}")
 print(f"answered: {len(questions)} questions about {options.video.name}")

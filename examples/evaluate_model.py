@@ -7,7 +7,7 @@ Evaluate: ask a model a benchmark's questions, once as it is and once blind, and
 
 What a blind model scores was not seen in the video. Each run leaves predictions, scores with intervals over scenes, chance and a card in its
 folder, and goes on where it stopped if it is started again. Without a benchmark, the questions about the shipped room are taken: one room,
-which the shipped checkpoint was trained on, so the score shows that things work and no more.
+so the score shows that things work and no more.
 """
 
 import argparse

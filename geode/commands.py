@@ -165,7 +165,7 @@ def export_model(
         facts (`str` or `os.PathLike`, *optional*):
             What the card of a GEODE model must state, see `docs/hub.md`. Those of the tiny checkpoint are known.
         results (`Sequence[str | os.PathLike]`):
-            Folders that `geode eval` has written for this model.
+            Folders that `geode eval` has written for this model; those of the tiny one are shipped with it.
         repo_id (`str`, *optional*):
             Its name on the Hub, for the snippet of the card.
 
@@ -198,7 +198,9 @@ def export_model(
             "docs/hub.md shows one. For a folder with code and no card, `save_pretrained` is enough."
         )
     parts = () if origin is None else origin.parts
-    stated = read_facts(facts or FACTS / "geode_tiny.yaml", "model", parts=parts)
+    if facts is None:
+        facts, results = FACTS / "geode_tiny.yaml", results or [tiny_checkpoint() / "results"]
+    stated = read_facts(facts, "model", parts=parts)
     save_model(folder, load_checkpoint(model, revision), stated, results=results, repo_id=repo_id)
     print(f"exported: {folder}")
 

@@ -68,7 +68,7 @@ def run_demo(out: str | os.PathLike) -> None:
         print(f"answer: {row['question']} {describe(comparison)}, {timed.seconds:.2f} s", flush=True)
     draw_scene(folder, out / PICTURE, answers=boxes)
     print(summarize(comparisons, seconds=time.perf_counter() - start))
-    print("note: the tiny checkpoint was overfitted on this very room; it knows no other.")
+    print("note: the tiny checkpoint was trained on other rendered rooms, and knows nothing else.")
     print(f"picture: {out / PICTURE}")
 
 

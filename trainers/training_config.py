@@ -147,6 +147,7 @@ class GeodeTrainingConfig(_BaseConfig):
         # The library refuses bf16 where there is no accelerator. A dry run computes nothing with it.
         self.use_cpu = self.use_cpu or (self.dry_run and not torch.accelerator.is_available())
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         for name in ("media_root", "feature_store", "model_overrides"):
             setattr(self, name, _parsed(name, getattr(self, name)))
         if self.overlong not in OVERLONG:

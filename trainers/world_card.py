@@ -48,8 +48,9 @@ validation split (split-conformal). On the test rooms:
 3. The stages of the paper, by the recipes `tiny_rooms_cpu.yaml`: alignment ({alignment} steps); stage 1 ({stage1} steps), in which
    the frozen language model reconstructs rationales from the rationale tokens alone; then what stage 2 trains, as a curriculum
    ("Locate the ..." {locate} steps; boxes and measures {measure} steps); stage 2 ({stage2} steps) on all questions. In the curriculum
-   the language model also learned, at every name in a question and at the tokens after it, the box of what is named, mostly through
-   heads that were thrown away: without that, distances and directions stay where guessing is. This too is an addition to the paper.
+   the language model also learned, at every name in a question and at the tokens after it, the box of what is named, and at every
+   option whether it is the right one, mostly through heads that were thrown away: without that, distances and directions stay where
+   guessing is. This too is an addition to the paper.
 
 The fused features are injected into the visual tokens (`inject_features`): the rationale tokens are not all that the language model
 sees of the geometry. The shuffled-scene gate, in nats per answer token, and in the regression loss:

@@ -179,6 +179,7 @@ def test_missing_geometry_and_videos_are_named(checkpoint, benchmark, tmp_path):
 
 def test_run_leaves_predictions_scores_and_a_card(finished, benchmark):
     lines = read_lines(finished / "predictions.jsonl")
+    assert any(line["values"] for line in lines)  # the model regresses
     assert [line["id"] for line in lines] == [item.record.uid for item in benchmark.questions]
     assert sorted(path.name for path in finished.iterdir()) == [
         "README.md",

@@ -141,7 +141,7 @@ def test_demo_prints_a_line_per_question_a_summary_and_a_picture(capsys, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     rows = (geode.embedded_scene() / "questions.jsonl").read_text().splitlines()
     answers, (summary, note, picture) = lines[:-3], lines[-3:]
-    assert note == "note: the tiny checkpoint was overfitted on this very room; it knows no other."
+    assert note == "note: the tiny checkpoint was trained on other rendered rooms, and knows nothing else."
     assert len(answers) == len(rows)
     for line, row in zip(answers, rows, strict=True):
         assert line.startswith(f"answer: {json.loads(row)['question']} -> ")

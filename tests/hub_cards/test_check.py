@@ -25,6 +25,13 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
+def edit_section(path, title, new):
+    before, heading, rest = path.read_text(encoding="utf-8").partition(f"\n## {title}\n")
+    assert heading
+    _, following, after = rest.partition("\n## ")
+    path.write_text(f"{before}{heading}{new}{following}{after}", encoding="utf-8")
+
+
 def edit_json(path, change):
     document = json.loads(path.read_text(encoding="utf-8"))
     change(document)
@@ -195,7 +202,7 @@ FAULTS = {
         'no section "Limitations"',
     ),
     "section empty": (
-        lambda f: edit(f / "README.md", "Not evaluated.", ""),
+        lambda f: edit_section(f / "README.md", "Evaluation", ""),
         "README.md",
         'no section "Evaluation", or an empty one',
     ),

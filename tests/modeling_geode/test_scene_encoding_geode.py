@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import geode
+from geode.demo import read_questions
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.scene_encoding_geode import SceneEncoding
 from geode.modeling_geode.scene_geode import SceneGeometry
@@ -219,7 +220,8 @@ def test_tiny_checkpoint_answers_from_an_encoded_scene():
     model, processor = AutoModel.from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
     scene = model.encode_scene(**processor.prepare_scene(video=str(room / "room.mp4"), geometry=room / "geometry"))
     video = {"type": "video", "path": str(room / "room.mp4"), "geometry": str(room / "geometry")}
-    for question in ("Locate the sofa.", "What is the size of this room (in square meters)?"):
+    rows = {row["question_type"]: row for row in read_questions(room / "questions.jsonl")}
+    for question in ("Locate the sofa.", rows["room_size_estimation"]["question"]):
         answers = []
         for part, extra in ((video, {}), ({"type": "scene", "scene": scene}, scene.to_model_inputs())):
             messages = [{"role": "user", "content": [part, {"type": "text", "text": question}]}]
