@@ -7,6 +7,7 @@ from pathlib import Path
 from geode.modeling_geode.answers_geode import Answer
 from geode.modeling_geode.scene_encoding_geode import SceneEncoding
 from geode.modeling_geode.scene_geode import SceneGeometry
+from geode.modeling_geode.shared_prefix_geode import can_share_prefix
 
 
 def geometry_path(media_root: Path, pattern: str, video: Path) -> Path:
@@ -61,13 +62,16 @@ def show_video(
         num_frames (`int`, *optional*): Frames that the language model sees; the default is the processor's.
 
     Returns:
-        The parts of a chat that show it, and the encoded scene that they name. A rationale module that reads the question
+        The parts of a chat that show it, and the encoded scene that they name, with the prefix that its questions share. A rationale module that reads the question
         encodes anew for each one: then there is none.
     """
     if model.config.drm_config.question_conditioned and use_geometry:
         return [{"type": "video", "video": str(video), "geometry": geometry}], None
     inputs = processor.prepare_scene(video=video, geometry=geometry, num_frames=num_frames, use_geometry=use_geometry)
     scene = model.encode_scene(**inputs)
+    if can_share_prefix(model.model.language_model.config):
+        # Each batch of questions begins with it.
+        scene = model.prefill_scene(processor, scene, use_geometry=use_geometry)
     return [{"type": "scene", "scene": scene}], scene
 
 

@@ -139,6 +139,21 @@ def test_batches_of_an_encoded_scene_answer_like_single_questions_about_the_vide
         assert line["id"] == question.record.uid
 
 
+@pytest.mark.parametrize("control", ["none", "no_geometry"])
+def test_all_batches_of_a_scene_begin_with_one_prefix(checkpoint, benchmark, control):
+    scene = next(iter(benchmark.scenes().values()))
+    without_cache = []
+    handle = checkpoint.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: without_cache.append(kwargs.get("past_key_values") is None), with_kwargs=True
+    )
+    Evaluator(*checkpoint, benchmark, EvalOptions(batch_size=2, control=control)).answer_scene(scene)
+    handle.remove()
+    assert len(scene) > 4
+    assert without_cache[0]
+    assert len(without_cache) > 3
+    assert not any(without_cache[1:])
+
+
 def test_controls_show_what_they_say(checkpoint, benchmark, monkeypatch):
     scene = list(benchmark.scenes().values())[-1]
     loaded, encoded = [], []
