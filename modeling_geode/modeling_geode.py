@@ -2,6 +2,7 @@
 """GEODE: a vision-language model with a rationale module for 3D input and a regression head for numbers."""
 
 import os
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,8 +40,17 @@ from .vggt_geode import VggtModel
 STAGE_2_PREFIXES = ("drh.", "model.feature_injection.", "feature_injection.")
 
 
+class _QuickOutput(ModelOutput):
+    """A model output that looks a field up; the library's lists all of them for each, at every step of decoding."""
+
+    def __setattr__(self, name, value):
+        if value is not None and name in type(self).__dataclass_fields__:
+            OrderedDict.__setitem__(self, name, value)
+        object.__setattr__(self, name, value)
+
+
 @dataclass
-class GeodeModelOutputWithPast(BaseModelOutputWithPast):
+class GeodeModelOutputWithPast(_QuickOutput, BaseModelOutputWithPast):
     """
     Output of [`GeodeModel`].
 
@@ -59,7 +69,7 @@ class GeodeModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class GeodeCausalLMOutputWithPast(ModelOutput):
+class GeodeCausalLMOutputWithPast(_QuickOutput):
     """
     Output of [`GeodeForConditionalGeneration`].
 
@@ -258,7 +268,8 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`; got both or neither.")
-        media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
+        media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
+        media = {name: value for name, value in media.items() if value is not None}
         features = {}
         if media_embeds is None:
             inputs_embeds, features = self.embed_inputs(
@@ -272,6 +283,10 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         if feedback_embeds is not None:
             inputs_embeds = inputs_embeds + feedback_embeds.to(inputs_embeds)
         mask = prepared_mask(attention_mask, self.language_model.config, dtype=inputs_embeds.dtype)
+        only_last = kwargs.get("output_hidden_states") == -1
+        if only_last:
+            # The library records every layer to keep the last one's normed states, which are the output.
+            kwargs["output_hidden_states"] = False
         shares_prefix = isinstance(past_key_values, SharedPrefixCache)
         run = partial(run_rows, self.language_model) if shares_prefix else self.language_model
         outputs = run(
@@ -281,10 +296,14 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        hidden_states = outputs.hidden_states
+        if only_last:
+            num_layers = self.language_model.config.num_hidden_layers
+            hidden_states = (*[None] * num_layers, outputs.last_hidden_state)
         return GeodeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            hidden_states=hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features.get("image_features"),
             video_hidden_states=features.get("scene_features"),

@@ -353,6 +353,18 @@ def test_user_hidden_states_survive():
     assert len(output.hidden_states[0]) == 3  # embeddings and two layers
 
 
+def test_last_states_alone_need_no_hook_on_each_layer():
+    model = make_model()
+    inputs = prepare_inputs(model.config, batch_size=1)
+    states = model(**inputs, output_hidden_states=-1).hidden_states
+    model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert not any(layer._forward_hooks for layer in model.model.language_model.layers)
+    # What the library records, in its form: None where nothing was asked for.
+    every = model(**inputs, output_hidden_states=True).hidden_states
+    assert states[:-1] == (None,) * (len(every) - 1)
+    assert torch.equal(states[-1], every[-1])
+
+
 def test_streamer_receives_prompt_and_every_token():
     class Collect(BaseStreamer):
         def __init__(self):
