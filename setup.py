@@ -16,6 +16,7 @@ TRAIN = ["trl>=1.16,<2", "peft", "datasets", "evaluate"]
 WORLD = ["embreex", "av", "pyarrow"]
 GEOMETRY = ["scipy"]  # normals of large point clouds
 UI = ["gradio>=6.31,<7"]  # older ones refuse huggingface_hub 2, or were not tried
+QUANTIZATION = ["torchao>=0.18", "bitsandbytes>=0.50.2"]
 DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "build", "mypy", "selenium"]
 EXTRAS = {
     "video": VIDEO,
@@ -24,8 +25,9 @@ EXTRAS = {
     "world": WORLD,
     "geometry": GEOMETRY,
     "ui": [*UI, *VIDEO],
+    "quantization": QUANTIZATION,
     "cuda": ["mamba-ssm", "causal-conv1d", "flash-attn"],
-    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD, *GEOMETRY, *UI],
+    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD, *GEOMETRY, *UI, *QUANTIZATION],
 }
 
 

@@ -24,6 +24,7 @@ from .generation_geode import MEDIA_INPUTS, GeodeGenerationMixin
 from .hub_geode import GeodeHubModel
 from .mamba_geode import GeodeMambaMixer, init_mamba_weights
 from .media_geode import GeodeMediaMixin, GeodeMultiModalProjector
+from .quantization_geode import check_weights_are_readable, quantize_language_model_only
 from .rationale_geode import (
     GeodeContextEncoder,
     GeodeFeatureInjection,
@@ -112,6 +113,7 @@ class GeodePreTrainedModel(GeodeHubModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _no_split_modules = ["GeodeCrossAttentionLayer", "GeodeMambaLayer", "GeodeRegressionHead"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["drh"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["drh"]  # noqa: RUF012 - quantisers look here only
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -193,9 +195,14 @@ class GeodePreTrainedModel(GeodeHubModel):
         """
         Load as [`GeodeHubModel.from_pretrained`] does. Only the heads that stage 2 adds may be missing.
 
+        A `quantization_config` quantises the language model and leaves every other part as it is.
+
         Raises:
-            ValueError: If a tensor of the language model, an encoder or the rationale module is missing.
+            ValueError: If a tensor of the language model, an encoder or the rationale module is missing, or if the quantiser
+                cannot leave parts out.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = quantize_language_model_only(kwargs["quantization_config"])
         loaded = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=output_loading_info, **kwargs
         )
@@ -204,7 +211,13 @@ class GeodePreTrainedModel(GeodeHubModel):
         return loaded
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save as [`PreTrainedModel.save_pretrained`] does, with the code that loads it where `geode` is absent."""
+        """
+        Save as [`PreTrainedModel.save_pretrained`] does, with the code that loads it where `geode` is absent.
+
+        Raises:
+            ValueError: If the model holds quantised weights that cannot be written.
+        """
+        check_weights_are_readable(self, "Saving")
         for name in self.config.sub_configs:
             # Loading writes the dtype into each part's configuration; a first save would lack it.
             part = getattr(self.config, name)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import SafetensorsParsingError
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .quantization_geode import check_weights_are_readable, plain_tensors
 from .scene_files_geode import FORMAT_VERSION, check_version, write_tensors
 from .scene_inputs_geode import kind_of
 
@@ -248,9 +249,15 @@ def digest_of_parts(owner: nn.Module, names: tuple[str, ...], settings: tuple[st
     Digest of some parts of a model, those that it has, and of settings of its configuration, as [`digest_of`] makes it.
 
     Hashing takes longer than encoding on a GPU, so it is done again only after a tensor has changed. `owner` remembers.
+
+    Raises:
+        ValueError: If a part holds quantised weights that cannot be read.
     """
     parts = {name: getattr(owner, name) for name in names if getattr(owner, name) is not None}
+    for part in parts.values():
+        check_weights_are_readable(part, "A digest")
     tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    tensors = plain_tensors(tensors)
     state = tuple((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors.values())
     known = vars(owner).setdefault("_digests", {})
     if known.get(names, (None, None))[0] != state:

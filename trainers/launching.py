@@ -12,19 +12,6 @@ from geode.trainers.training_config import GeodeTrainingConfig
 from geode.trainers.training_setup import load_model
 
 
-# What QLoRA leaves as it is: it trains, or its numbers matter more than its size.
-UNQUANTIZED = (
-    "lm_head",
-    "drh",
-    "multi_modal_projector",
-    "drm",
-    "feature_injection",
-    "vision_tower",
-    "point_encoder",
-    "reconstructor",
-)
-
-
 @dataclass
 class GeodeScriptArguments:
     """
@@ -89,7 +76,6 @@ def load_parts(
     quantization = get_quantization_config(model_args)
     options = {}
     if quantization is not None:
-        quantization.llm_int8_skip_modules = list(UNQUANTIZED)
         options["quantization_config"] = quantization
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation

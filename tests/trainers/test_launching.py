@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from geode.cli import main
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.trainers import stage2
 from geode.trainers.dry_run import find_config
+from geode.trainers.launching import load_parts
 from tests.trainers.common_collator import make_media, make_model, make_processor
 
 
@@ -114,6 +116,29 @@ def test_adapters_are_for_stage_2(capsys, world, tmp_path):
     options = ["--config", str(world / "recipe.yaml"), *SMALL, "--output_dir", str(tmp_path), "--use_peft"]
     assert main(["train", "stage1", *options]) == 2
     assert "only stage 2 trains an adapter" in capsys.readouterr().err
+
+
+# peft still reads the old name of the library's `is_activation_checkpointing`.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_qlora_trains_adapters_on_a_language_model_in_4_bits(world, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `quantization`")
+    options = [
+        "--config",
+        str(world / "recipe.yaml"),
+        *SMALL,
+        "--output_dir",
+        str(tmp_path),
+        "--use_peft",
+        "--load_in_4bit",
+    ]
+    parsed = stage2.make_parser().parse_args_and_config(options)
+    model, _ = load_parts(*parsed)
+    quantised = {name for name, weight in model.named_parameters() if isinstance(weight, bitsandbytes.nn.Params4bit)}
+    assert {name.split(".layers.")[0] for name in quantised} == {"model.language_model"}
+    assert main(["train", "stage2", *options]) == 0
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    moved = [name for name, tensor in adapter.items() if "lora_B" in name and tensor.any()]
+    assert len(moved) == len(quantised)
 
 
 def test_unknown_keys_of_a_recipe_are_refused(world, tmp_path):
