@@ -5,13 +5,12 @@ import functools
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
 from geode.configuration.configuration_geode import GeodeConfig
@@ -27,10 +26,11 @@ MIN_YAW_NORM = 1e-6
 MAX_LOG_SPREAD = 7.0
 
 
-@dataclass
-class RegressionOutput(ModelOutput):
+class RegressionOutput(NamedTuple):
     """
     What the regression head makes of a sequence.
+
+    Not a `ModelOutput`: one with a field `values` is no dictionary any more, and tools that look into outputs fail on it.
 
     Args:
         values (`torch.Tensor` of shape `(batch_size, sequence_length, max_dim)`):

@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from geode.modeling_geode.regression_geode import GeodeRegressionHead, decode_values, encode_values, encoded_dim
 from tests.modeling_geode.common_geode import BOX_TOKEN, REG_TOKEN, tiny_config
@@ -380,6 +381,16 @@ def test_head_computes_in_float32_under_half_precision(uses_autocast):
             assert torch.equal(output.loss, expected.loss)
             embeddings = module.feedback_embeddings(targets, input_ids, torch.float32)
             assert torch.equal(embeddings, expected_embeddings)
+
+
+def test_tools_that_look_into_outputs_pass_the_head():
+    head = make_head()
+    states, input_ids, targets = make_batch()
+    # It counts by module, and for that flattens what each returns.
+    with FlopCounterMode(display=False) as counter:
+        output = head(states, input_ids, targets)
+    assert counter.get_flop_counts()["GeodeRegressionHead"]
+    assert output.loss.requires_grad
 
 
 def test_head_runs_with_offloaded_weights():
