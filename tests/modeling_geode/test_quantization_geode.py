@@ -76,7 +76,15 @@ def values(model, questions) -> torch.Tensor:
     return model(**questions).regression_values[:, -1, 0]
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bitsandbytes, 4 bits",
+        "torchao, 8 bits",
+        pytest.param("bitsandbytes, 8 bits", marks=pytest.mark.slow),
+        pytest.param("torchao, 4 bits", marks=pytest.mark.slow),
+    ],
+)
 def test_quantised_values_are_near_those_of_float32_and_survive_a_folder(name, plain, questions, tmp_path):
     expected = values(plain, questions)
     model = load(QUANTIZERS[name]())

@@ -306,6 +306,31 @@ def test_forward_is_one_graph():
         assert relative_error(compiled(pixel_values).world_points, model(pixel_values).world_points) < TOLERANCE
 
 
+@pytest.mark.slow
+def test_export_gives_the_same_outputs_for_another_number_of_frames(tmp_path):
+    """As docs/deployment.md shows it: the number of frames stays free where all of them go through at a time."""
+
+    class Reconstruct(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            output = self.model(pixel_values, heads=("camera", "depth"))
+            return output.pose_encoding, output.depth, output.depth_confidence
+
+    model = Reconstruct(VggtModel(tiny_config(frames_chunk_size=32)).eval())
+    generator = torch.Generator().manual_seed(0)
+    example, frames = (torch.rand(1, count, 3, 28, 42, generator=generator) for count in (4, 6))
+    count = torch.export.Dim("num_frames", min=3, max=32)
+    with torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=({1: count},))
+        torch.export.save(program, tmp_path / "vggt.pt2")
+        loaded = torch.export.load(tmp_path / "vggt.pt2").module()
+        for got, want in zip(loaded(frames), model(frames), strict=True):
+            assert relative_error(got, want) < TOLERANCE
+
+
 def scalar_loss(output) -> torch.Tensor:
     terms = [encoding.square().mean() for encoding in output.pose_encodings]
     terms += [output[name].log1p().mean() for name in ("depth", "depth_confidence", "world_points_confidence")]
