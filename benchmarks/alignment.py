@@ -9,18 +9,17 @@ Noise is then added to depth (relative, independent per pixel) and every camera 
 """
 
 import argparse
-import json
 import logging
 import math
 import statistics
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import add_json_option, write_json
 from geode.data.synthetic_rooms.render import Raycaster, Walk, render_walk
 from geode.data.synthetic_rooms.rooms import make_room
 from geode.data.synthetic_rooms.walks import resize_intrinsics
@@ -115,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Errors of estimated gravity and scale over rendered rooms.")
     parser.add_argument("--num-rooms", type=int, default=20, help="rooms, of seeds from 1000 on (default: 20)")
-    parser.add_argument("--json", type=Path, help="also write every error to this file")
+    add_json_option(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = defaultdict(list)
@@ -140,8 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         cells += [spread([row[source] for row in rows if source in row]) for source in SOURCES]
         lines.append("| " + " | ".join(cells) + " |")
     sys.stdout.write("\n".join([*lines, ""]))
-    if options.json is not None:
-        options.json.write_text(json.dumps([{"case": case, "errors": rows} for case, rows in results.items()]) + "\n")
+    write_json([{"case": case, "errors": rows} for case, rows in results.items()], options.json)
 
 
 def spread(values: list[float]) -> str:

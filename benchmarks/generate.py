@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, LogitsProcessor, PreTrainedModel, set_seed
 
+from benchmarks.common import add_json_option, write_json
 from geode import embedded_scene, tiny_checkpoint
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (default: 32)")
     parser.add_argument("--pairs", type=int, default=31, help="pairs that are counted (default: 31)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", action="store_true", help="end with a JSON object on one line")
+    add_json_option(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     report = {**vars(options), "torch": torch.__version__, "results": {}, "steps": steps_of_numbers()}
@@ -218,8 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.write(
         f"a number takes {steps['regressed']:.2f} steps as a value, {steps['digits']:.2f} as digits ({steps['n']} answers)\n"
     )
-    if options.json:
-        sys.stdout.write(json.dumps(report) + "\n")
+    write_json(report, options.json)
 
 
 if __name__ == "__main__":

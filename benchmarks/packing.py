@@ -2,7 +2,7 @@
 """
 What packing saves: forward and backward of some questions about one scene, behind one shared prefix or each with its own.
 
-    python -m benchmarks.packing
+    python -m benchmarks.packing --json
 
 Both batches come from the same collator, with the same questions, and give the same loss, which is checked. The two are run in
 turn, so that a change of the machine's load meets them alike; each pair gives one ratio of wall-clock times. Questions alone are
@@ -15,7 +15,6 @@ prefix is as short, and a wider language model, vision tower and rationale modul
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, set_seed
 
+from benchmarks.common import add_json_option, write_json
 from geode import embedded_scene, tiny_checkpoint
 from geode.data.schemas import Record
 from geode.data.synthetic_rooms.questions import prompt_of
@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-frames", type=int, help="frames of the scene (default: the tiny checkpoint's 4)")
     parser.add_argument("--pairs", type=int, default=7, help="pairs that are counted (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    add_json_option(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     processor = AutoProcessor.from_pretrained(tiny_checkpoint())
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{size}, {kind}: {found['single_s']:.3f} s alone, {found['packed_s']:.3f} s packed, ratio "
                 f"{found['ratio']:.2f} ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})\n"
             )
-    sys.stdout.write(json.dumps(report) + "\n")
+    write_json(report, options.json)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import add_json_option, write_json
 from geode.data.feature_store import FeatureStore, collate_stored_scenes
 from geode.trainers.drm_files import load_drm
 from geode.trainers.world import STORE, World
@@ -159,18 +160,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with `rooms` in it")
     parser.add_argument("--world", type=Path, required=True, help="results of `geode.trainers.world`")
     parser.add_argument("--stages", nargs="+", default=["parts", "lookup", "stage1"], metavar="STAGE", choices=PROBED)
+    add_json_option(parser)
     args = parser.parse_args(arguments)
     world = World(data=args.data, out=args.world)
     names = {split: list_scenes(world.rooms, split) for split in ("train", "test")}
     centers = {split: centers_of(world.rooms, group) for split, group in names.items()}
     store = FeatureStore(world.out / STORE)
+    report = []
     for stage in args.stages:
         model, _ = world.load("lookup" if stage == "stage1" else stage)
         if stage == "stage1":  # leaves its rationale module alone
             load_drm(model, world.out / stage)
         tokens = {split: read_tokens(model.eval(), store, group) for split, group in names.items()}
         found = probe(tokens["train"], centers["train"], tokens["test"], centers["test"])
+        report.append({"stage": stage, **found})
         print(json.dumps({"stage": stage} | {name: round(value, 3) for name, value in found.items()}))  # noqa: T201
+    write_json(report, args.json)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -35,6 +34,7 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.common import add_json_option, run_in_turn, spread_of_ratios, write_json
 from geode import embedded_scene, tiny_checkpoint
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.data.synthetic_rooms.questions import prompt_of
@@ -104,35 +104,6 @@ def prompts(processor, questions: Sequence[str], **options: Any) -> Iterator[dic
         yield processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, **options
         )
-
-
-def run_in_turn(programs: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], ...]:
-    """
-    Time programs in turn.
-
-    Args:
-        programs (`dict[str, Callable]`): By name.
-        rounds (`int`): Rounds that are counted; one more comes before them.
-
-    Returns:
-        `tuple[dict[str, list[float]], dict[str, list[float]]]`: The seconds of each round, by the clock and of the CPU.
-    """
-    wall: dict[str, list[float]] = {name: [] for name in programs}
-    cpu: dict[str, list[float]] = {name: [] for name in programs}
-    for number in tqdm(range(rounds + 1), desc="rounds", file=sys.stderr):
-        for name, program in programs.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            program()
-            if number:
-                wall[name].append(time.perf_counter() - start)
-                cpu[name].append(time.process_time() - cpu_start)
-    return wall, cpu
-
-
-def spread_of_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
-    """Median and range of the ratios of rounds."""
-    ratios = [one / other for one, other in zip(numerator, denominator, strict=True)]
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def compare_tiny(options: argparse.Namespace) -> dict[str, Any]:
@@ -275,7 +246,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--real-num-frames", type=int, default=4, help="at real widths (default: 4)")
     parser.add_argument("--real-rounds", type=int, default=1, help="at real widths (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", action="store_true", help="end with a JSON object on one line")
+    add_json_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -301,8 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{real['extrapolated_seconds_at_full_depth'][name]:.0f} s, "
                 f"{real['extrapolated_ratios'][name]['median']:.2f} times\n"
             )
-    if options.json:
-        sys.stdout.write(json.dumps(report) + "\n")
+    write_json(report, options.json)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ share of the time than in VGGT-1B; `--dense-hidden-size` of a quarter of `--hidd
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import resource
@@ -33,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import vggt_plain
+from benchmarks.common import add_json_option, reset_peak, resident_bytes, write_json
 from geode.modeling_geode.vggt_geode import HEADS, VggtModel, convert_vggt_checkpoint
 
 
@@ -83,7 +82,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=196, help="in pixels, a multiple of 14")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2, help="processes per variant")
-    parser.add_argument("--json", type=Path, help="also write every measurement to this file")
+    add_json_option(parser)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if sys.platform != "linux":
@@ -120,21 +119,6 @@ def public_config(options: argparse.Namespace) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- in each process
-
-
-def resident_bytes(field: str) -> int:
-    """`VmRSS`, resident memory now, or `VmHWM`, its highest value since [`reset_peak`]."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"`/proc/self/status` has no field `{field}`. Run the benchmark on an ordinary Linux kernel.")
-
-
-def reset_peak() -> None:
-    """Give back what the allocator holds free, and start a new `VmHWM`."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def cpu_seconds() -> float:
@@ -270,9 +254,8 @@ def main(arguments: list[str] | None = None) -> None:
     sizes = {name: value for name, value in vars(options).items() if name not in ("json", "variant")}
     sys.stdout.write(" ".join(f"{name}={value}" for name, value in sizes.items()) + f" torch={torch.__version__}\n")
     sys.stdout.write(format_table(summaries) + "\n")
-    if options.json is not None:
-        report = {"sizes": sizes, "torch": torch.__version__, "summaries": summaries, "runs": runs}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    report = {"sizes": sizes, "torch": torch.__version__, "summaries": summaries, "runs": runs}
+    write_json(report, options.json)
 
 
 if __name__ == "__main__":

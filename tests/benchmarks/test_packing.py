@@ -7,7 +7,7 @@ from benchmarks import packing
 
 
 def test_one_pair_of_the_tiny_model_is_measured(capsys):
-    packing.main(["--sizes", "tiny", "--questions", "3", "--pairs", "2"])
+    packing.main(["--sizes", "tiny", "--questions", "3", "--pairs", "2", "--json"])
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     tokens = report["tokens"]
