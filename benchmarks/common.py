@@ -130,7 +130,14 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def machine_rates(device: torch.device, dtype: torch.dtype, *, matrix_size: int, repeats: int = 5) -> dict[str, float]:
+def machine_rates(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    matrix_size: int,
+    clock: Callable[[], float] | None = None,
+    repeats: int = 5,
+) -> dict[str, float]:
     """
     What the machine reaches where it should be fastest: a square matrix product, and a copy.
 
@@ -138,12 +145,13 @@ def machine_rates(device: torch.device, dtype: torch.dtype, *, matrix_size: int,
         device (`torch.device`): Where.
         dtype (`torch.dtype`): Of the matrices.
         matrix_size (`int`): Their sides. The copy is of 64 such matrices, more than a cache holds.
+        clock (`Callable`, *optional*): Gives seconds; the default is [`waiting_clock`].
         repeats (`int`, defaults to 5): Runs of each, of which the fastest counts; one more comes before them.
 
     Returns:
         `dict[str, float]`: `flops`, operations a second, a multiply-add being two, and `bytes_per_s`, read and written.
     """
-    clock = waiting_clock(device)
+    clock = waiting_clock(device) if clock is None else clock
     left, right = (torch.rand(matrix_size, matrix_size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     source = torch.zeros(64 * matrix_size * matrix_size, device=device, dtype=dtype)

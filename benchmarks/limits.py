@@ -9,13 +9,14 @@ For each part: seconds within it, operations as PyTorch counts them (matrix prod
 and the bytes that it must move at least: its weights once for each call, and what goes in and comes out. The limit is the larger of
 operations over the rate of a large matrix product and bytes over that of a copy, both measured in the same run. It is a lower bound:
 elementwise work, keys and values, and everything that is written and read again within a part are left out. `preparing` is decoding,
-resizing and voxels, which have no operations to count. The regression head's products, one row for a number, are not shown. Medians
-over the rounds.
+resizing and voxels, which have no operations to count. The regression head's products, one row for a number, are not shown. On a
+CPU seconds are of its time in this process, which other programs disturb less than those of the clock. Medians over the rounds.
 """
 
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     device = torch.device(options.device)
     model, processor, num_frames = load(options.size, device)
-    room, clock, question = embedded_scene(), waiting_clock(device), questions_of_scene(1)
+    clock = time.process_time if device.type == "cpu" else waiting_clock(device)
+    room, question = embedded_scene(), questions_of_scene(1)
     parts = {name: getattr(model.model, name) for name in PARTS} | {"lm_head": model.lm_head}
 
     def prepare() -> dict:
@@ -113,7 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             runs[name] += [dict(within)] * (number > 0)
         totals += [taken] * (number > 0)
     counts = {name: count(parts, lambda n=n: ask(n)) for name, n in (("first", 1), ("all", options.new_tokens))}
-    rates = machine_rates(device, model.dtype, matrix_size=1024)
+    rates = machine_rates(device, model.dtype, matrix_size=1024, clock=clock)
     found = {}
     for name in parts:
         for kind, label in (("first", name), ("rest", f"{name}, decoding")):
