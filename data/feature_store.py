@@ -4,7 +4,8 @@ Features of scenes that frozen encoders computed once, read by memory map.
 
 A store is a folder that `geode.trainers.precompute` writes: `manifest.json` (the options), `index.json` (which scene is
 where, and which videos failed) and `shard-00000.safetensors` and so on. A scene's key is a digest of its video's bytes, of
-its geometry, of the encoders' weights and of the settings that decide the features. Nothing is unpickled.
+its geometry, of the encoders' weights and of the settings that decide the features. Nothing is unpickled. Whatever is read is
+compared with checksums, as the format of the shards has none.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from geode.modeling_geode.collation_geode import collate_scenes
 from geode.modeling_geode.geometry_geode import transform_boxes
 from geode.modeling_geode.scene_encoding_geode import digest_of
+from geode.modeling_geode.scene_files_geode import check_tensors, parse_json, unsealed
 from geode.modeling_geode.scene_geode import SceneGeometry
 from geode.modeling_geode.scene_store_geode import PIXEL_SETTINGS
 
@@ -28,6 +30,7 @@ FORMAT_VERSION = 1  # of the files
 FEATURES_VERSION = 1  # raised when the same weights and settings come to give other features
 MANIFEST_FILE, INDEX_FILE = "manifest.json", "index.json"
 SHARD_KEY = "geode_feature_shard"  # of the facts in a shard's header
+_REMEDY = "Run the same `geode precompute` again, which makes it anew."
 # What the model reads of a scene; `video_features` are there if the store has them.
 MODEL_TENSORS = ("point_tokens", "point_token_positions", "camera_poses", "log_scale", "scale_known", "video_features")
 GEOMETRY_TENSORS = (
@@ -155,23 +158,35 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def read_shard_facts(path: Path) -> dict | None:
+def read_shard_facts(path: Path, *, checks_tensors: bool = False) -> dict | None:
     """
-    Read what a shard says about itself, from its header alone.
+    Read what a shard says about itself, from its header.
 
     Args:
         path (`Path`):
             A shard.
+        checks_tensors (`bool`, defaults to `False`):
+            Compare its tensors with their checksums, too, which reads all of the file.
 
     Returns:
-        `dict`, *optional*: `keys`, `scenes` and `failures`; None if the file is absent, truncated or no shard.
+        `dict`, *optional*: `keys`, `scenes` and `failures`; None if the file is absent, damaged or no shard.
     """
     try:
         # Opening checks that the tensors of the header fill the file exactly.
         with safe_open(path, framework="pt") as shard:
-            return json.loads((shard.metadata() or {})[SHARD_KEY])
+            facts = unsealed(json.loads((shard.metadata() or {})[SHARD_KEY]), f"{path} is damaged.")
+            for key, scene in facts["scenes"].items() if checks_tensors else ():
+                for name in scene["tensors"]:
+                    _check_tensor(shard.get_tensor(f"{key}.{name}"), name, scene, path)
+            return facts
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def _check_tensor(tensor: torch.Tensor, name: str, facts: dict, path: Path) -> None:
+    """Compare a tensor with its checksum; shards of earlier versions have none."""
+    if "checksums" in facts:
+        check_tensors({name: tensor}, facts["checksums"], f"{path} is damaged. {_REMEDY}")
 
 
 class StoredScene:
@@ -319,28 +334,32 @@ class FeatureStore:
         self.folder = Path(folder)
         self.manifest = self._read(MANIFEST_FILE, "is no feature store. `geode precompute` makes one")
         self.options: dict = self.manifest["options"]
-        version = self.options.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"The store {self.folder} must have `format_version` {FORMAT_VERSION}, got {version!r}. Precompute it "
-                "again with this version of geode, or update geode."
-            )
         index = self._read(INDEX_FILE, "is not complete. Run the same `geode precompute` again, which resumes")
         self.entries: dict[str, dict] = index["scenes"]
         self.paths: dict[str, str] = index["paths"]
         self.failures: dict[str, str] = index["failures"]
         self.shards: list[dict] = index["shards"]
         self._open_shards: dict[int, safe_open] = {}
+        self._checked: set[str] = set()
         self._process = os.getpid()
 
     def _read(self, name: str, otherwise: str) -> dict:
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(f"The folder {self.folder} has no {name}, so it {otherwise}.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes(), f"{path} is damaged. {_REMEDY}")
+        if name == MANIFEST_FILE:  # before the checksum, as another version may have another one
+            options = found.get("options") if isinstance(found, dict) else None
+            version = options.get("format_version") if isinstance(options, dict) else None
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} must have `format_version` {FORMAT_VERSION}, got {version!r}. Precompute the store again with "
+                    "this version of geode, or update geode."
+                )
+        return unsealed(found, f"{path} is damaged. {_REMEDY}")
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open_shards": {}, "_process": None}
+        return {**self.__dict__, "_open_shards": {}, "_checked": set(), "_process": None}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -434,7 +453,7 @@ class FeatureStore:
 
     def read(self, key: str, names: list[str]) -> dict[str, torch.Tensor]:
         """
-        Read tensors of one scene, through the memory map.
+        Read tensors of one scene, through the memory map. When a process reads one first, it is compared with its checksum.
 
         Args:
             key (`str`):
@@ -444,9 +463,21 @@ class FeatureStore:
 
         Returns:
             `dict[str, torch.Tensor]`: The tensors, which lie in the mapped file.
+
+        Raises:
+            ValueError: If the shard is damaged.
         """
-        shard = self._shard(self.entries[key]["shard"])
-        return {name: shard.get_tensor(f"{key}.{name}") for name in names}
+        facts = self.entries[key]
+        shard, path = self._shard(facts["shard"]), self.folder / self.shards[facts["shard"]]["file"]
+        try:
+            tensors = {name: shard.get_tensor(f"{key}.{name}") for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}). {_REMEDY}") from error
+        for name, tensor in tensors.items():
+            if f"{key}.{name}" not in self._checked:
+                _check_tensor(tensor, name, facts, path)
+                self._checked.add(f"{key}.{name}")
+        return tensors
 
     def _shard(self, number: int) -> safe_open:
         if self._process != os.getpid():
@@ -460,7 +491,10 @@ class FeatureStore:
                     f"{path} must have {expected['bytes']} bytes, got {size}. It is damaged: run the same `geode precompute` "
                     "again, which makes it anew."
                 )
-            self._open_shards[number] = safe_open(path, framework="pt", device="cpu")
+            try:
+                self._open_shards[number] = safe_open(path, framework="pt", device="cpu")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged ({error}). {_REMEDY}") from error
         return self._open_shards[number]
 
 

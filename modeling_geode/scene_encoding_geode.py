@@ -17,7 +17,16 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .quantization_geode import check_weights_are_readable, plain_tensors
-from .scene_files_geode import FORMAT_VERSION, check_version, write_tensors
+from .scene_files_geode import (
+    FORMAT_VERSION,
+    check_tensors,
+    check_version,
+    parse_json,
+    sealed,
+    tensor_checksum,
+    unsealed,
+    write_tensors,
+)
 from .scene_inputs_geode import kind_of
 
 
@@ -158,8 +167,11 @@ class SceneEncoding:
             header["language_digest"] = self.prefix.language_digest
             keys, values = torch.cat(self.prefix.keys), torch.cat(self.prefix.values)
             tensors |= {"prefix.input_ids": self.prefix.input_ids, "prefix.keys": keys, "prefix.values": values}
+        # The format itself has no checksum, and a flipped bit would be another token.
+        header["checksums"] = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+        metadata = {_ENCODING_KEY: json.dumps(sealed(header))}
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            write_tensors(tensors, Path(scratch) / "encoding.safetensors", {_ENCODING_KEY: json.dumps(header)})
+            write_tensors(tensors, Path(scratch) / "encoding.safetensors", metadata)
             os.replace(Path(scratch) / "encoding.safetensors", path)
 
     @classmethod
@@ -181,12 +193,20 @@ class SceneEncoding:
         path = _safetensors_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no scene encoding at {path}.")
-        metadata = _checked_metadata(path)
-        tensors = load_state_dict_from_file(path)
+        metadata, damage = _checked_metadata(path), f"{path} is damaged. Encode the scene again."
+        try:
+            tensors = load_state_dict_from_file(path)
+        except Exception as error:  # the reader of safetensors has a class of its own, and an `OSError` without number
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise ValueError(f"{damage} {error}.") from error
         if _ENCODING_KEY not in metadata:
             raise ValueError(f"{path} holds tensors but no scene encoding: its header has no {_ENCODING_KEY!r}.")
-        header = json.loads(metadata[_ENCODING_KEY])
-        check_version(header, str(path))
+        header = parse_json(metadata[_ENCODING_KEY], damage)
+        check_version(header, str(path))  # before the checksum, as another version may have another one
+        header = unsealed(header, damage)
+        if "checksums" in header:  # absent in files of earlier versions
+            check_tensors(tensors, header["checksums"], damage)
         visual_tokens, prefix = tensors["visual_tokens"], None
         if "language_digest" in header:
             layers = [tensors[f"prefix.{name}"].split(1) for name in ("keys", "values")]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of scenes: tensors with a version and a digest, and point clouds as PLY. Nothing is unpickled."""
+"""Files of scenes: tensors with a version and checksums, and point clouds as PLY. Nothing is unpickled."""
 
 import hashlib
+import json
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,123 @@ def check_version(header: dict, where: str) -> None:
             f"{where} must have `format_version` {FORMAT_VERSION}, got {version!r}. Write it again with this version "
             "of geode, or update geode."
         )
+
+
+def sealed(document: dict) -> dict:
+    """
+    Add a checksum of its content to an object that JSON can hold, so that a flipped bit in its file shows.
+
+    Args:
+        document (`dict`): The object.
+
+    Returns:
+        `dict`: The same with `"crc32"`.
+
+    Example:
+        >>> unsealed(sealed({"scale": 1.0}), "scale.json is damaged.")
+        {'scale': 1.0}
+    """
+    text = json.dumps(document, sort_keys=True)
+    return {**document, "crc32": f"{zlib.crc32(text.encode()):08x}"}
+
+
+def unsealed(document: dict, where: str) -> dict:
+    """
+    Check an object against its checksum, and take that off. One without was written by an earlier version, and passes.
+
+    Args:
+        document (`dict`): The object, as it was read.
+        where (`str`): Its file, for the error, and what to do if it is damaged.
+
+    Returns:
+        `dict`: The object alone.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    content = {name: value for name, value in document.items() if name != "crc32"}
+    if "crc32" in document and sealed(content)["crc32"] != document["crc32"]:
+        raise ValueError(f"{where} Its content has the checksum {sealed(content)['crc32']}, not {document['crc32']}.")
+    return content
+
+
+def parse_json(text: str | bytes, where: str):
+    """
+    Read JSON.
+
+    Args:
+        text (`str` or `bytes`): What a file, or a part of it, holds.
+        where (`str`): Its file, for the error, and what to do if it is damaged.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} It is no JSON: {error}.") from error
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """
+    Read a sealed object from its file.
+
+    Args:
+        path (`Path`): The file.
+        remedy (`str`): What to do if it is damaged.
+
+    Returns:
+        `dict`: What was given to [`sealed`].
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    where = f"{path} is damaged. {remedy}"
+    found = parse_json(path.read_bytes(), where)
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} It holds no object, but {found!r:.100}.")
+    return unsealed(found, where)
+
+
+def tensor_checksum(tensor: torch.Tensor) -> str:
+    """
+    Return a CRC-32 of a tensor's type, shape and bytes. It is for faults of disks, not against forgery.
+
+    Args:
+        tensor (`torch.Tensor`): On any device.
+
+    Returns:
+        `str`: Eight hexadecimal digits.
+
+    Example:
+        >>> tensor_checksum(torch.tensor([1.0, 2.0])) == tensor_checksum(torch.tensor([[1.0, 2.0]]))
+        False
+    """
+    start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{zlib.crc32(content, start):08x}"
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], checksums: dict[str, str], where: str) -> None:
+    """
+    Raise unless tensors are those that were written.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): As they were read.
+        checksums (`dict[str, str]`): By name, of [`tensor_checksum`]; there may be more.
+        where (`str`): Their file, for the error, and what to do if it is damaged.
+
+    Raises:
+        ValueError: If one is damaged.
+    """
+    for name, tensor in tensors.items():
+        found = tensor_checksum(tensor)
+        if found != checksums.get(name):
+            raise ValueError(f"{where} The checksum of `{name}` is {found}, not {checksums.get(name)}.")
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -199,4 +318,18 @@ def _ply_dtype(element: _PlyElement, order: str) -> np.dtype:
     return np.dtype([(name, order + kind) for name, kind in element.properties])
 
 
-__all__ = ["FORMAT_VERSION", "PlyCloud", "check_version", "read_ply", "sha256_of", "write_ply", "write_tensors"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PlyCloud",
+    "check_tensors",
+    "check_version",
+    "parse_json",
+    "read_json",
+    "read_ply",
+    "sealed",
+    "sha256_of",
+    "tensor_checksum",
+    "unsealed",
+    "write_ply",
+    "write_tensors",
+]

@@ -38,8 +38,11 @@ from .scene_files_geode import (
     FORMAT_VERSION,
     PlyCloud,
     check_version,
+    parse_json,
     read_ply,
+    sealed,
     sha256_of,
+    unsealed,
     write_ply,
     write_tensors,
 )
@@ -673,7 +676,7 @@ class SceneGeometry:
             write_tensors(tensors, Path(scratch) / _TENSORS_FILE)
             # The digest ties the two files together: a crash between the two moves must not pass unnoticed.
             header["tensors_sha256"] = sha256_of(Path(scratch) / _TENSORS_FILE)
-            (Path(scratch) / _HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+            (Path(scratch) / _HEADER_FILE).write_text(json.dumps(sealed(header), indent=2) + "\n", encoding="utf-8")
             for name in (_TENSORS_FILE, _HEADER_FILE):
                 os.replace(Path(scratch) / name, folder / name)
 
@@ -702,7 +705,8 @@ class SceneGeometry:
                 raise FileNotFoundError(
                     f"A saved scene has {_HEADER_FILE} and {_TENSORS_FILE}; {folder} has no {name}."
                 )
-        header = json.loads((folder / _HEADER_FILE).read_text(encoding="utf-8"))
+        damage = f"{folder / _HEADER_FILE} is damaged or was edited. Save the scene again."
+        header = parse_json((folder / _HEADER_FILE).read_bytes(), damage)
         check_version(header, str(folder / _HEADER_FILE))
         digest = sha256_of(folder / _TENSORS_FILE)
         if header.get("tensors_sha256") != digest:
@@ -714,11 +718,18 @@ class SceneGeometry:
         missing = sorted(set(_HEADER_FIELDS) - header.keys() | set(_CLOUD_FIELDS) - tensors.keys())
         unknown = sorted(tensors.keys() - {*_CLOUD_FIELDS, *_CAMERA_FIELDS})
         if missing or unknown:
-            raise ValueError(f"The scene in {folder} lacks {missing} and has unknown {unknown}. Save it again.")
+            raise ValueError(
+                f"The scene of {folder / _HEADER_FILE} lacks {missing} and has unknown {unknown}. Save it again."
+            )
         fields = {name: header[name] for name in _HEADER_FIELDS}
-        # JSON has lists for tuples.
-        fields["image_size"] = tuple(fields["image_size"]) if fields["image_size"] else None
-        return cls(**tensors, **fields)
+        try:
+            # JSON has lists for tuples.
+            fields["image_size"] = tuple(fields["image_size"]) if fields["image_size"] else None
+            scene = cls(**tensors, **fields)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{damage} {error}") from error
+        unsealed(header, damage)  # last, as what is wrong with a value says more
+        return scene
 
 
 def _place_on_floor(

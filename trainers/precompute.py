@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
@@ -38,10 +39,11 @@ from geode.data.feature_store import (
 from geode.data.processes import process_state
 from geode.data.readers.rows import iter_lines, parse_line
 from geode.data.schemas import media_path
+from geode.data.whole_files import write_whole
 from geode.modeling_geode.collation_geode import CLOUD_INPUTS, collate_scenes
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
-from geode.modeling_geode.scene_files_geode import sha256_of
+from geode.modeling_geode.scene_files_geode import read_json, sealed, sha256_of, tensor_checksum, unsealed
 from geode.modeling_geode.scene_geode import SceneGeometry
 from geode.trainers.precompute_arguments import DTYPE_NAMES, SHARD_SIZE, add_arguments
 
@@ -230,7 +232,8 @@ def precompute(
     state, out = process_state(), Path(out)
     items = sorted({VideoItem(*item) for item in items}, key=lambda item: item.path)
     manifest = _manifest(model, processor, items, store_vision_features, store_geometry, shard_size, dtype)
-    is_complete = _check_folder(out, manifest, retry_failed)
+    # Each process reads its share of the shards, and all go the same way.
+    is_complete = all(gather_object([_check_folder(out, manifest, retry_failed, state)]))
     state.wait_for_everyone()  # nobody looks at the folder any more
     if is_complete:
         return _report(out, 0)
@@ -238,7 +241,7 @@ def precompute(
         out.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             (out / INDEX_FILE).unlink()  # of a store that has lost a shard
-        _write_json(out / MANIFEST_FILE, manifest)
+        _write_json(out / MANIFEST_FILE, sealed(manifest))
     state.wait_for_everyone()
     run = _Run(model, processor, out, Path(media_root).absolute(), manifest["options"])
     run.digest_videos(items, state, has_progress)
@@ -305,8 +308,8 @@ def _manifest(model, processor, items, store_vision_features, store_geometry, sh
     return {"options": options, "shard_size": shard_size, "videos": videos}
 
 
-def _check_folder(out: Path, manifest: dict, retry_failed: bool) -> bool:
-    """Return whether nothing is to be done; raise unless the folder is new, empty or a store of the same."""
+def _check_folder(out: Path, manifest: dict, retry_failed: bool, state: PartialState) -> bool:
+    """Return whether nothing is to be done, as far as this process's share tells; raise unless the folder is new, empty or a store of the same."""
     path = out / MANIFEST_FILE
     if not path.is_file():
         # A leading dot marks what was never finished.
@@ -315,7 +318,8 @@ def _check_folder(out: Path, manifest: dict, retry_failed: bool) -> bool:
         if strangers:
             raise ValueError(f"`out` must be new, empty or a feature store, and {out} holds {sorted(strangers)[:3]}.")
         return False
-    differences = option_differences(manifest, json.loads(path.read_text(encoding="utf-8")))
+    found = read_json(path, "Remove the folder, and run the same again.")
+    differences = option_differences(manifest, found)
     if differences:
         raise ValueError(
             f"The store {out} is of other videos or options: {'; '.join(differences)}. Give them as they were, or another "
@@ -323,10 +327,14 @@ def _check_folder(out: Path, manifest: dict, retry_failed: bool) -> bool:
         )
     if not (out / INDEX_FILE).is_file():
         return False
-    store = FeatureStore(out)
-    if retry_failed and store.failures:
+    try:
+        store = FeatureStore(out)
+    except ValueError:  # a damaged index, which can be made again
         return False
-    return all(read_shard_facts(out / shard["file"]) is not None for shard in store.shards) and not _leftovers(out)
+    if (retry_failed and store.failures) or _leftovers(out):
+        return False
+    own = store.shards[state.process_index :: state.num_processes]
+    return all(read_shard_facts(out / shard["file"], checks_tensors=True) is not None for shard in own)
 
 
 class _Run:
@@ -349,7 +357,7 @@ class _Run:
                 rows = []
                 for item in group:
                     stamp = self._stamp(item)
-                    rows.append(known.get(stamp) or {"stamp": stamp, **self._digest(item)})
+                    rows.append(known.get(stamp) or sealed({"stamp": stamp, **self._digest(item)}))
                     progress.update()
                 _write_json(path, rows)
 
@@ -402,7 +410,7 @@ class _Run:
         ) as progress:
             for number, shard in own:
                 path = self.out / shard_name(number)
-                facts = _facts_of(path, shard)
+                facts = _facts_of(path, shard, checks_tensors=True)
                 if facts is not None and not (retry_failed and facts["failures"]):
                     progress.update(len(shard))
                     continue
@@ -421,10 +429,10 @@ class _Run:
                 tensors |= {f"{scene.key}.{name}": tensor for name, tensor in found.items()}
                 scenes[scene.key] = facts
             progress.update()
-        facts = {"keys": [scene.key for scene in shard], "scenes": scenes, "failures": failures}
+        facts = sealed({"keys": [scene.key for scene in shard], "scenes": scenes, "failures": failures})
         # One entry of metadata: the writer has no order for several. Its `save_file` would write to a file of a random
         # name, which a kill leaves behind.
-        _write(path, save(tensors, metadata={SHARD_KEY: json.dumps(facts, sort_keys=True)}))
+        write_whole(path, save(tensors, metadata={SHARD_KEY: json.dumps(facts, sort_keys=True)}))
 
     @torch.no_grad()
     def _encode(self, item: VideoItem) -> tuple[dict[str, torch.Tensor], dict]:
@@ -459,7 +467,9 @@ class _Run:
             facts["num_frames"] = len(features)
         # Clones: the writer refuses tensors that share memory.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        return tensors, {**facts, "stores_geometry": stores_geometry, "tensors": sorted(tensors)}
+        checksums = {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
+        facts |= {"stores_geometry": stores_geometry, "tensors": sorted(tensors), "checksums": checksums}
+        return tensors, facts
 
     def _plain(self, error: Exception, item: VideoItem) -> str:
         """The text of an error without what depends on the machine or the moment."""
@@ -499,9 +509,11 @@ def _read_plan(path: Path) -> list[dict]:
     """The rows of a group; none if there is no such file, or it is damaged, since it can be made again."""
     try:
         rows = json.loads(path.read_bytes())
+        is_plan = isinstance(rows, list) and all(isinstance(row, dict) and "stamp" in row for row in rows)
+        for row in rows if is_plan else ():
+            unsealed(row, f"{path} is damaged.")
     except (FileNotFoundError, ValueError):
         return []
-    is_plan = isinstance(rows, list) and all(isinstance(row, dict) and "stamp" in row for row in rows)
     return rows if is_plan and all("key" in row or "error" in row for row in rows) else []
 
 
@@ -510,31 +522,14 @@ def _leftovers(out: Path) -> list[Path]:
     return [*out.glob(".plan-*.json"), *out.glob(".*.tmp")]
 
 
-def _facts_of(path: Path, shard: list[_Scene]) -> dict | None:
+def _facts_of(path: Path, shard: list[_Scene], *, checks_tensors: bool = False) -> dict | None:
     """What a whole shard of just these scenes says about itself; None if there is no such shard."""
-    facts = read_shard_facts(path)
+    facts = read_shard_facts(path, checks_tensors=checks_tensors)
     return facts if facts is not None and facts["keys"] == [scene.key for scene in shard] else None
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Make a file appear under its name, whole, even if the machine stops."""
-    # In the same folder, and always of this name, so that what a kill left is written over.
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _write_json(path: Path, value) -> None:
-    _write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def _finish(out: Path, shards: list[list[_Scene]], paths: dict[str, str], failures: dict[str, str]) -> None:
@@ -562,7 +557,7 @@ def _finish(out: Path, shards: list[list[_Scene]], paths: dict[str, str], failur
     for path in out.glob("shard-*.safetensors"):
         if path.name not in {file["file"] for file in files}:
             path.unlink()  # of a video that has changed since
-    _write_json(out / INDEX_FILE, index)
+    _write_json(out / INDEX_FILE, sealed(index))
     for path in _leftovers(out):
         path.unlink()
 
