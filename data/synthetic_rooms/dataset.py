@@ -8,7 +8,8 @@ The files depend on the options in `world.json` alone: neither on the number of 
 interrupted. Whatever kills it, the same call goes on with the scenes that are missing.
 
 Convention:
-    - A scene is whole when its depth file is there, which is moved to its place last, and none of its files is cut short.
+    - A scene is whole when each of its files has the digest that is in `SHA256SUMS`, which is written after they were moved to
+      their place.
     - One process writes at a time. It holds a lock that the system frees with the process.
     - Scenes belong to a split by their number, see `SPLIT_OF_TEN`.
 """
@@ -17,26 +18,26 @@ import json
 import os
 import shutil
 import signal
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
 from geode.data.synthetic_rooms.balance import draw_candidates, select_evenly
 from geode.data.synthetic_rooms.baselines import blind_baselines
 from geode.data.synthetic_rooms.build import FPS, write_frames, write_geometry, write_video
+from geode.data.synthetic_rooms.checksums import CHECKSUMS, Checksums
 from geode.data.synthetic_rooms.dataset_card import write_card
 from geode.data.synthetic_rooms.questions import QUESTION_TYPES, Question, scene_questions
 from geode.data.synthetic_rooms.rationales import write_rationale
@@ -46,6 +47,8 @@ from geode.data.synthetic_rooms.sheet import draw_contact_sheet
 from geode.data.synthetic_rooms.tables import BENCHMARK_SCHEMA, QUESTION_SCHEMA, SCENE_SCHEMA, question_row, scene_row
 from geode.data.synthetic_rooms.tables import write_table as write_parquet
 from geode.data.synthetic_rooms.varied_rooms import COUNTS, make_varied_room
+from geode.data.synthetic_rooms.whole_media import is_whole
+from geode.data.whole_files import write_whole, writing
 
 
 FORMAT_VERSION = 1
@@ -132,7 +135,22 @@ def _describe(index: int, attempt: int, options: dict) -> tuple | None:
     return room, walk, record | {"dataset": DATASET, "scene_name": scene_name_of(index)}
 
 
-def make_scene(out: Path, index: int, options: dict) -> None:
+def scene_files(index: int) -> list[str]:
+    """
+    Return the files of a scene.
+
+    Args:
+        index (`int`): Its number.
+
+    Returns:
+        `list[str]`: Paths below the data set's folder.
+    """
+    name = scene_name_of(index)
+    geometry = [f"geometry/{name}/{file}" for file in ("geometry.json", "geometry.safetensors")]
+    return [f"depth/{name}.safetensors", *geometry, f"rooms/{name}.mp4"]
+
+
+def make_scene(out: Path, index: int, options: dict) -> list[str]:
     """
     Make one scene and move it to its place.
 
@@ -141,7 +159,11 @@ def make_scene(out: Path, index: int, options: dict) -> None:
         index (`int`): The scene's number.
         options (`dict`): What `world.json` holds.
 
+    Returns:
+        `list[str]`: Its files.
+
     Raises:
+        OSError: If something cannot be written.
         RuntimeError: If none of the attempts gave a furnished room whose floor can be found.
     """
     name = scene_name_of(index)
@@ -153,21 +175,22 @@ def make_scene(out: Path, index: int, options: dict) -> None:
         room, walk, record = made
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        write_video(work / "room.mp4", walk.frames)
         header = {"scene": json.dumps(record)}
-        views = write_frames(
-            work / "depth.safetensors", room, walk, depth_size=tuple(options["depth_size"]), metadata=header
-        )
-        try:
-            write_geometry(work / "geometry", walk, views, max_points=options["max_points"])
-        except ValueError:  # the film shows too little of the floor: the next attempt draws another room
-            continue
-        shutil.rmtree(out / "geometry" / name, ignore_errors=True)
-        os.replace(work / "room.mp4", out / "rooms" / f"{name}.mp4")
-        os.replace(work / "geometry", out / "geometry" / name)
-        os.replace(work / "depth.safetensors", out / "depth" / f"{name}.safetensors")
-        work.rmdir()
-        return
+        with writing(work):
+            write_video(work / "room.mp4", walk.frames)
+            views = write_frames(
+                work / "depth.safetensors", room, walk, depth_size=tuple(options["depth_size"]), metadata=header
+            )
+            try:
+                write_geometry(work / "geometry", walk, views, max_points=options["max_points"])
+            except ValueError:  # the film shows too little of the floor: the next attempt draws another room
+                continue
+            shutil.rmtree(out / "geometry" / name, ignore_errors=True)
+            os.replace(work / "room.mp4", out / "rooms" / f"{name}.mp4")
+            os.replace(work / "geometry", out / "geometry" / name)
+            os.replace(work / "depth.safetensors", out / "depth" / f"{name}.safetensors")
+            work.rmdir()
+        return scene_files(index)
     raise RuntimeError(
         f"`make_scene` must find a room for scene {index} of `seed` {options['seed']}, but all of {MAX_SCENE_ATTEMPTS} "
         "attempts failed. Choose another `seed`."
@@ -292,19 +315,39 @@ def _open_pool(num_workers: int, locks: Path) -> Iterator[ProcessPoolExecutor | 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run(function: Callable, tasks: list[tuple], *, pool: ProcessPoolExecutor | None, bar: tqdm) -> list[Any]:
-    """Call `function` once per task; return the results in the order of the tasks."""
+def _run(
+    function: Callable,
+    tasks: list[tuple],
+    *,
+    pool: ProcessPoolExecutor | None,
+    bar: tqdm,
+    note: Callable[[Any], None] | None = None,
+) -> list[Any]:
+    """Call `function` once per task; return the results in the order of the tasks. Each is noted at once."""
     results: list[Any] = [None] * len(tasks)
-    if pool is None:
-        for number, task in enumerate(tasks):
-            results[number] = function(*task)
-            bar.update()
-        return results
-    numbers = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
-    for future in as_completed(numbers):
-        results[numbers[future]] = future.result()
+    for number, result in _results(function, tasks, pool):
+        results[number] = result
+        if note is not None:
+            note(result)
         bar.update()
     return results
+
+
+def _results(function: Callable, tasks: list[tuple], pool: ProcessPoolExecutor | None) -> Iterator[tuple[int, Any]]:
+    """The number of each task and its result, as they come."""
+    if pool is None:
+        for number, task in enumerate(tasks):
+            yield number, function(*task)
+        return
+    numbers = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
+    try:
+        for future in as_completed(numbers):
+            yield numbers[future], future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            "A worker process was killed, perhaps because memory ran out. Run the same again, which goes on; fewer `workers` need "
+            "less memory."
+        ) from error
 
 
 def _check_options(options: dict) -> None:
@@ -329,7 +372,13 @@ def _open_world(out: Path, options: dict) -> None:
     """Write `world.json`, or see that the one there holds the same options."""
     path = out / "world.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="ascii"))
+        try:
+            found = json.loads(path.read_text(encoding="ascii"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged, so that nobody can say what the rooms beside it are: {error}. Write into it what "
+                f"`world.json` of a world of the same options holds, or choose another folder."
+            ) from error
         if found != options:
             names = sorted(name for name in {*found, *options} if found.get(name) != options.get(name))
             differences = ", ".join(
@@ -339,19 +388,24 @@ def _open_world(out: Path, options: dict) -> None:
                 f"{out} holds a world of other options: {differences}. Go on with its own options, or choose another folder."
             )
         return
-    foreign = sorted({entry.name for entry in out.iterdir()} - {WORK_FOLDER, LOCK_FILE})
+    foreign = sorted(
+        {entry.name for entry in out.iterdir()} - {WORK_FOLDER, LOCK_FILE, CHECKSUMS, f".{CHECKSUMS}.tmp"}
+    )
     if foreign:
         raise ValueError(
             f"`out` must be empty or hold a `world.json`, but {out} holds {foreign[:3]}. Choose another folder."
         )
+    # First, as a world without it is one of an earlier version.
+    write_whole(out / CHECKSUMS, "")
     _write_text(out, "world.json", json.dumps(options, indent=1) + "\n")
 
 
 def _write_text(out: Path, name: str, text: str) -> None:
     work = out / WORK_FOLDER / name
     work.parent.mkdir(parents=True, exist_ok=True)
-    work.write_text(text, encoding="ascii")
-    os.replace(work, out / name)
+    with writing(out / name):
+        work.write_text(text, encoding="ascii")
+        os.replace(work, out / name)
 
 
 @contextmanager
@@ -388,53 +442,28 @@ def _await_orphans(out: Path) -> None:
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
 
 
-def _missing_scenes(out: Path, num_scenes: int) -> list[int]:
-    def is_whole(name: str) -> bool:
-        files = [f"depth/{name}.safetensors", f"rooms/{name}.mp4"]
-        files += [f"geometry/{name}/{file}" for file in ("geometry.json", "geometry.safetensors")]
-        return all(_is_whole(out / file) for file in files)
+def _check_scenes(out: Path, sums: Checksums, num_scenes: int) -> list[int]:
+    """Return the numbers of the scenes that are to be made, and keep the lines of the others alone."""
+    groups = [scene_files(index) for index in range(num_scenes)]
+    if sums.is_absent:  # of a world of an earlier version: its files are taken as they are, once
+        found = [group for group in [*groups, _table_files()] if all(is_whole(out / name) for name in group)]
+        sums.write([name for group in found for name in group])
+    missing = [index for index, group in enumerate(groups) if not all(map(sums.is_right, group))]
+    if missing:
+        sums.write([name for index, group in enumerate(groups) if index not in set(missing) for name in group])
+    return missing
 
-    return [index for index in range(num_scenes) if not is_whole(scene_name_of(index))]
 
-
-def _has_tables(out: Path) -> bool:
-    """Tell whether everything is there that is made from the scenes."""
+def _table_files() -> list[str]:
+    """Everything that is made from the scenes, but for the card, which its owner may change."""
     files = [f"{folder}/{split}.parquet" for folder in ("questions", "scenes") for split in SPLITS]
     files += [f"benchmark/{split}.parquet" for split in SPLITS if split != "train"]
-    return all(_is_whole(out / file) for file in (*files, "rooms.png", "baselines.json", "README.md"))
+    return [*files, "rooms.png", "baselines.json"]
 
 
-def _is_whole(path: Path) -> bool:
-    """Tell whether a file is there and does not end too early, from what it says about its own length."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), "np"):
-                return True
-        if path.suffix == ".parquet":
-            return pq.read_metadata(path).num_columns > 0
-        if path.suffix == ".json":
-            return bool(json.loads(path.read_bytes()))
-        if path.suffix == ".png":
-            return path.read_bytes()[-8:-4] == b"IEND"
-        return _is_whole_mp4(path) if path.suffix == ".mp4" else path.stat().st_size > 0
-    except (OSError, ValueError, SafetensorError, pa.ArrowInvalid):
-        return False
-
-
-def _is_whole_mp4(path: Path) -> bool:
-    """Tell whether the boxes of an MP4 file, each of which begins with its length, end where the file does."""
-    size, start, kinds = path.stat().st_size, 0, set()
-    with open(path, "rb") as file:
-        while start < size:
-            file.seek(start)
-            length, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
-            if length == 1:  # a long one
-                (length,) = struct.unpack(">Q", file.read(8).ljust(8, b"\0"))
-            if length < 8:
-                return False
-            start += length
-            kinds.add(kind)
-    return start == size and kinds >= {b"moov", b"mdat"}
+def _has_tables(out: Path, sums: Checksums) -> bool:
+    """Tell whether everything is there that is made from the scenes."""
+    return all(sums.is_right(name) for name in _table_files()) and is_whole(out / "README.md")
 
 
 def _write_split(out: Path, split: str, indices: list[int], candidates: list[dict], seed: int) -> list[dict]:
@@ -460,7 +489,9 @@ def _write_split(out: Path, split: str, indices: list[int], candidates: list[dic
     return rows
 
 
-def _write_tables(out: Path, options: dict, *, pool: ProcessPoolExecutor | None, show_progress: bool) -> None:
+def _write_tables(
+    out: Path, options: dict, sums: Checksums, *, pool: ProcessPoolExecutor | None, show_progress: bool
+) -> None:
     indices = list(range(options["num_scenes"]))
     tasks = [(out, index, options) for index in indices]
     with tqdm(total=len(tasks), desc="Questions", unit="scene", disable=not show_progress) as bar:
@@ -469,10 +500,15 @@ def _write_tables(out: Path, options: dict, *, pool: ProcessPoolExecutor | None,
     for split in SPLITS:
         own = [index for index in indices if split_of(index) == split]
         rows[split] = _write_split(out, split, own, [candidates[index] for index in own], options["seed"])
-    draw_contact_sheet(out, out / WORK_FOLDER / "rooms.png")
-    os.replace(out / WORK_FOLDER / "rooms.png", out / "rooms.png")
+    with writing(out / "rooms.png"):
+        draw_contact_sheet(out, out / WORK_FOLDER / "rooms.png")
+        os.replace(out / WORK_FOLDER / "rooms.png", out / "rooms.png")
     baselines = blind_baselines(rows["train"], rows["test"])
     _write_text(out, "baselines.json", json.dumps(baselines, indent=1) + "\n")
+    names = [*(name for index in indices for name in scene_files(index)), *_table_files()]
+    for name in _table_files():
+        sums.known.pop(name, None)
+    sums.write(names)
     # Last, since its presence says that all of the rest is there.
     _write_text(out, "README.md", write_card(out, options, baselines))
 
@@ -565,8 +601,9 @@ def _complete_world(out: Path, options: dict, *, workers: int, show_progress: bo
     """Make what is missing."""
     num_scenes = options["num_scenes"]
     _await_orphans(out)
-    missing = _missing_scenes(out, num_scenes)
-    if missing or not _has_tables(out):
+    sums = Checksums(out)
+    missing = _check_scenes(out, sums, num_scenes)
+    if missing or not _has_tables(out, sums):
         (out / "README.md").unlink(missing_ok=True)
         for folder in ("rooms", "geometry", "depth", "scenes", "questions", "benchmark", WORK_FOLDER):
             (out / folder).mkdir(parents=True, exist_ok=True)
@@ -574,6 +611,6 @@ def _complete_world(out: Path, options: dict, *, workers: int, show_progress: bo
         done = num_scenes - len(missing)
         with _open_pool(workers, out / WORK_FOLDER) as pool:
             with tqdm(total=num_scenes, initial=done, desc="Rooms", unit="scene", disable=not show_progress) as bar:
-                _run(make_scene, tasks, pool=pool, bar=bar)
-            _write_tables(out, options, pool=pool, show_progress=show_progress)
+                _run(make_scene, tasks, pool=pool, bar=bar, note=sums.add)
+            _write_tables(out, options, sums, pool=pool, show_progress=show_progress)
     shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)

@@ -84,6 +84,7 @@ video = f"{{row['dataset']}}/{{row['scene_name']}}.mp4"
 | `depth/*.safetensors` | depth in millimetres and instance ids at {depth_width} x {depth_height}, cameras; the full record in the header |
 | `world.json` | the options that made the files |
 | `baselines.json` | the scores of the table below, unrounded |
+| `SHA256SUMS` | digests of all files but `world.json` and this one; `sha256sum -c SHA256SUMS` compares them |
 
 All of it takes {megabytes:.0f} MB.
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 from geode.data.synthetic_rooms.questions import Question
+from geode.data.whole_files import writing
 
 
 # The columns of VSI-Bench in its order, so that one evaluator reads both.
@@ -132,5 +133,6 @@ def write_table(rows: list[dict], schema: pa.Schema, work: Path, path: Path) -> 
         path (`Path`): Where the finished file goes.
     """
     table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
-    pq.write_table(table, work, compression="snappy", row_group_size=20_000)
-    os.replace(work, path)
+    with writing(path):
+        pq.write_table(table, work, compression="snappy", row_group_size=20_000)
+        os.replace(work, path)

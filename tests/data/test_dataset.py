@@ -156,20 +156,37 @@ def test_build_dataset_of_a_finished_world_changes_nothing(world):
         ("depth/room_000002.safetensors", -1),
         ("geometry/room_000003/geometry.json", 10),
         ("geometry/room_000003/geometry.safetensors", 0),
+        ("rooms/room_000001.mp4", "bit"),
+        ("SHA256SUMS", 1000),
     ],
     ids=str,
 )
-def test_build_dataset_makes_again_what_is_missing_or_cut_short(world, tmp_path, harm):
+def test_build_dataset_makes_again_what_is_missing_or_damaged(world, tmp_path, harm):
     whole, summary = world
     out, (name, size) = tmp_path / "rooms", harm
     shutil.copytree(whole, out)
     if size is None:
         (out / name).unlink()
+    elif size == "bit":  # a film that can be shown, and shows something else
+        content = bytearray((out / name).read_bytes())
+        content[-100] ^= 16
+        (out / name).write_bytes(content)
     else:
         content = (out / name).read_bytes()
         (out / name).write_bytes(content[:size])
     assert build_dataset(out, num_scenes=NUM_SCENES, seed=3, num_workers=1, **SMALL) == summary
     assert digests(out) == digests(whole)
+
+
+def test_build_dataset_takes_a_world_of_an_earlier_version_as_it_is(world, tmp_path):
+    whole, summary = world
+    out = tmp_path / "rooms"
+    shutil.copytree(whole, out)
+    (out / "SHA256SUMS").unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert build_dataset(out, num_scenes=NUM_SCENES, seed=3, num_workers=1, **SMALL) == summary
+    assert digests(out) == digests(whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_build_dataset_waits_for_the_workers_of_a_killed_run(tmp_path, monkeypatch):
@@ -239,7 +256,11 @@ def test_dataset_leaves_no_scratch_files_and_has_every_file_of_every_scene(world
     expected |= {f"geometry/{name}/geometry.{end}" for name in names for end in ("json", "safetensors")}
     expected |= {f"{table}/{split}.parquet" for table in ("questions", "scenes") for split in SPLITS}
     expected |= {"benchmark/validation.parquet", "benchmark/test.parquet"}
-    assert set(digests(out)) == expected | {"README.md", "baselines.json", "rooms.png", "world.json"}
+    assert set(digests(out)) == expected | {"README.md", "SHA256SUMS", "baselines.json", "rooms.png", "world.json"}
+    # As `sha256sum -c` reads it: all that is not the owner's to edit, and what the options are read from.
+    lines = dict(line.split("  ")[::-1] for line in (out / "SHA256SUMS").read_text("ascii").splitlines())
+    others = ("README.md", "SHA256SUMS", "world.json")
+    assert lines == {name: digest for name, digest in digests(out).items() if name not in others}
 
 
 def test_splits_are_disjoint_and_eight_one_and_one_of_ten(world):
