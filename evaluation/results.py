@@ -15,8 +15,9 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from geode import __version__
 from geode.data.schemas import CHOICE_POST_PROMPT, NUMBER_POST_PROMPT, PRE_PROMPT
+from geode.data.whole_files import write_whole
 from geode.evaluation.calibration import interval_report, interval_table
-from geode.evaluation.runner import PREDICTIONS, RUN, read_lines
+from geode.evaluation.prediction_files import read_finished
 from geode.evaluation.vsi_bench.vsi_bench import SCORERS, TASKS, aggregate, guarded_score, summarise
 
 
@@ -175,22 +176,16 @@ def write_results(folder: str | Path, *, scorer: str = "official") -> dict:
 
     Raises:
         FileNotFoundError: If the folder holds no finished run.
-        ValueError: If the scorer is unknown.
+        ValueError: If a file is damaged or incomplete, or the scorer is unknown.
     """
     folder = Path(folder)
-    for name in (PREDICTIONS, RUN):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} must hold {name} of a finished run. Run `geode eval --out {folder}` first."
-            )
+    run, lines = read_finished(folder)
     if scorer not in SCORERS:
         raise ValueError(f"`scorer` must be one of {SCORERS}, got {scorer!r}.")
-    run = json.loads((folder / RUN).read_text("utf-8"))
-    lines = read_lines(folder / PREDICTIONS)
     scores = score_lines(lines, scorer)
     made = {"scored": datetime.now(UTC).isoformat(timespec="seconds"), **environment()}
-    (folder / SCORES).write_text(json.dumps({"run": run, **scores, "made": made}, indent=1) + "\n", encoding="utf-8")
-    (folder / CARD_FILE).write_text(write_card(run, scores, made), encoding="utf-8")
+    write_whole(folder / SCORES, json.dumps({"run": run, **scores, "made": made}, indent=1) + "\n")
+    write_whole(folder / CARD_FILE, write_card(run, scores, made))
     if run["is_on_hub"] and run["control"] == "none":
         write_hub_entry(folder, run, scores, date=made["scored"])
     return scores
@@ -235,7 +230,7 @@ def write_hub_entry(folder: Path, run: dict, scores: dict, *, date: str) -> Path
     )
     path = folder / ".eval_results" / f"{run['benchmark'].rpartition('/')[2]}.yaml"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
     return path
 
 

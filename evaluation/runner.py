@@ -6,7 +6,6 @@ Predictions are written as they come, one line a question, so that an interrupte
 launch`) share the scenes. Batches never mix scenes and do not depend on the number of processes, so neither do answers.
 """
 
-import json
 import logging
 import os
 import time
@@ -17,8 +16,10 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from geode.data.processes import process_state
+from geode.data.whole_files import write_whole, writing
 from geode.evaluation.asking import ask, geometry_path, show_video
 from geode.evaluation.benchmark import Benchmark, Question
+from geode.evaluation.prediction_files import PREDICTIONS, RUN, read_lines, read_run, text_of, write_run
 from geode.modeling_geode.answers_geode import Answer, Measurement, convert_from_si, format_number, interval_in
 from geode.modeling_geode.scene_geode import SceneGeometry
 
@@ -26,7 +27,6 @@ from geode.modeling_geode.scene_geode import SceneGeometry
 logger = logging.getLogger(__name__)
 
 CONTROLS = ("none", "blind", "no_geometry", "shuffled_geometry")
-PREDICTIONS, RUN = "predictions.jsonl", "run.json"
 MAX_NEW_TOKENS = 16  # as VSI-Bench's task file has it
 
 
@@ -216,20 +216,6 @@ def prediction_line(question: Question, answer: Answer, seconds: float) -> dict:
     }
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Read the whole lines of a file that may end in the middle of one; a broken one before that is an error."""
-    text = path.read_bytes() if path.is_file() else b""
-    lines = []
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(
-                f"Line {number} of {path} is no JSON: {error}. Remove it, and it is answered again."
-            ) from error
-    return lines
-
-
 def predict(evaluator: Evaluator, out: str | Path, *, run: dict, show_progress: bool = True) -> list[dict] | None:
     """
     Answer what is not answered yet, in every process of a launch.
@@ -257,12 +243,12 @@ def predict(evaluator: Evaluator, out: str | Path, *, run: dict, show_progress: 
     state.wait_for_everyone()  # nobody writes before all have read
     scenes = list(evaluator.benchmark.scenes().values())[state.process_index :: state.num_processes]
     hidden = not (show_progress and state.is_main_process)
-    with own.open("a", encoding="utf-8") as file:
+    with writing(own), own.open("a", encoding="utf-8") as file:
         for questions in tqdm(scenes, desc="Scenes", unit="scene", disable=hidden):
             if all(question.record.uid in done for question in questions):
                 continue
             lines = evaluator.answer_scene(questions)
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write(text_of(lines))
             file.flush()
             os.fsync(file.fileno())
     state.wait_for_everyone()
@@ -280,10 +266,14 @@ def check_run(folder: Path, run: dict) -> None:
     Raises:
         ValueError: If the folder holds another run; what differs is named.
     """
-    path = folder / RUN
-    if not path.is_file():
-        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    found = json.loads(path.read_text("utf-8"))
+    if not (folder / RUN).is_file():
+        predictions = sorted(path.name for path in folder.glob("predictions*.jsonl"))
+        if predictions:
+            raise ValueError(
+                f"{folder} holds {predictions[0]} and no {RUN}, so that nobody can say what it is of. Name another folder."
+            )
+        write_run(folder, run)
+    found = read_run(folder)
     different = sorted(name for name in found.keys() | run.keys() if found.get(name) != run.get(name))
     if different:
         pairs = "; ".join(f"{name}: {found.get(name)!r} there, {run.get(name)!r} now" for name in different)
@@ -301,9 +291,7 @@ def _merge(benchmark: Benchmark, folder: Path) -> list[dict]:
     parts = sorted(folder.glob("predictions-*.jsonl"))
     found = {line["id"]: line for path in [folder / PREDICTIONS, *parts] for line in read_lines(path)}
     lines = [found[question.record.uid] for question in benchmark.questions]
-    scratch = folder / f"{PREDICTIONS}.tmp"
-    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(scratch, folder / PREDICTIONS)
+    write_whole(folder / PREDICTIONS, text_of(lines))
     for path in parts:
         path.unlink()
     return lines
@@ -354,7 +342,6 @@ __all__ = [
     "check_run",
     "predict",
     "prediction_line",
-    "read_lines",
     "run_facts",
     "scored_interval",
     "scored_prediction",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from geode.commands import load_checkpoint
 from geode.data.processes import process_state
+from geode.data.whole_files import write_whole, writing
 from geode.evaluation.benchmark import load_benchmark
 from geode.evaluation.calibration import interval_table, measure_scales
+from geode.evaluation.prediction_files import PREDICTIONS, read_finished, read_run
 from geode.evaluation.results import score_table, write_results
-from geode.evaluation.runner import PREDICTIONS, RUN, EvalOptions, Evaluator, predict, read_lines, run_facts
+from geode.evaluation.runner import EvalOptions, Evaluator, predict, run_facts
 from geode.modeling_geode.scene_encoding_geode import digest_of
 
 
@@ -91,7 +93,7 @@ def report(out: str | os.PathLike, *, scorer: str = "official") -> dict:
     scores = write_results(out, scorer=scorer)
     print(score_table(scores))
     if scores["value_intervals"] is not None:
-        run = json.loads((Path(out) / RUN).read_text("utf-8"))
+        run = read_run(Path(out))
         print(f"\n{interval_table(scores['value_intervals'], run['interval_coverage'])}\n")
     print(f"card: {Path(out) / 'README.md'}")
     return scores
@@ -129,7 +131,7 @@ def calibrate_model(
         raise FileNotFoundError(
             f"{folder} must hold {PREDICTIONS} of a finished run. Run `geode eval --split validation --out {folder}` first."
         )
-    run = json.loads((folder / RUN).read_text("utf-8"))
+    run, lines = read_finished(folder)
     checkpoint = load_checkpoint(model, revision)
     network, found = checkpoint.model, model_revision(checkpoint.model)
     if run["model_revision"] != found or run["control"] != "none":
@@ -137,15 +139,16 @@ def calibrate_model(
             f"The predictions in {folder} must be of {model} ({found}) and no control, got {run['model']} "
             f"({run['model_revision']}) and {run['control']!r}. Ask this model with `geode eval`."
         )
-    scales = measure_scales(read_lines(folder / PREDICTIONS), network.config, coverage=coverage)
+    scales = measure_scales(lines, network.config, coverage=coverage)
     drh = network.config.drh_config
     drh.interval_coverage = drh.interval_coverage if coverage is None else coverage
     drh.interval_scales = {**drh.interval_scales, **{token: entry["scale"] for token, entry in scales.items()}}
-    network.save_pretrained(out)
-    checkpoint.processor.save_pretrained(out)
     names = ("model", "model_revision", "benchmark", "benchmark_revision", "split", "subset")
     facts = {"coverage": drh.interval_coverage, "tokens": scales, **{name: run[name] for name in names}}
-    (Path(out) / "calibration.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    with writing(out):
+        network.save_pretrained(out)
+        checkpoint.processor.save_pretrained(out)
+        write_whole(Path(out) / "calibration.json", json.dumps(facts, indent=1) + "\n")
     for token, entry in scales.items():
         print(
             f"{token}: {entry['scale']:.3f} times a Gaussian's {drh.interval_coverage:.0%} interval "

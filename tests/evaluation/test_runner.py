@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 
 import pytest
@@ -231,6 +232,30 @@ def test_finished_run_asks_nothing_again(finished, folder, checkpoint, benchmark
         predict(Evaluator(*checkpoint, benchmark), finished, run=run)
 
 
+def test_scores_are_of_all_questions_or_none(tmp_path, finished):
+    """A file that was cut short between two lines is one of fewer questions."""
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out" / "predictions.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"predictions.jsonl must have one line for each of 15 questions, got 14"):
+        write_results(tmp_path / "out")
+    path.write_bytes(b"".join([*lines, lines[3]]))
+    with pytest.raises(ValueError, match=r"got 16: it has 'VSI-Bench:3' more than once"):
+        write_results(tmp_path / "out")
+
+
+def test_run_of_which_nobody_knows_what_it_is_is_not_gone_on_with(tmp_path, finished, checkpoint, benchmark):
+    shutil.copytree(finished, tmp_path / "out")
+    run = json.loads((finished / "run.json").read_text("utf-8"))
+    (tmp_path / "out" / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run.json is damaged, .* Remove the folder"):
+        predict(Evaluator(*checkpoint, benchmark), tmp_path / "out", run=run)
+    (tmp_path / "out" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"holds predictions.jsonl and no run.json"):
+        predict(Evaluator(*checkpoint, benchmark), tmp_path / "out", run=run)
+
+
 def test_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "predictions-0.jsonl"
     path.write_text('{"id": "a"}\n{"id": \n{"id": "c"}\n', encoding="utf-8")
@@ -366,6 +391,7 @@ def test_scoring_again_needs_predictions_alone_and_names_the_scorer(tmp_path, fi
         **json.loads((finished / "run.json").read_text("utf-8")),
         "is_on_hub": True,
         "benchmark": "nyu-visionx/VSI-Bench",
+        "questions": 2,
     }
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
     lines = [line_of("object_counting", "There are 3.", "3", scene) for scene in "ab"]
