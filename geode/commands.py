@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from geode import tiny_checkpoint
+from geode.data.whole_files import is_free, whole_folder
 from geode.hub_cards.facts import FACTS, read_facts
 from geode.modeling_geode.answers_geode import Answer, format_number
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
@@ -151,7 +152,8 @@ def export_model(
     """
     Save a model and its processor as a folder for the Hub, with their code, card, licence and hashes, and print its path.
 
-    Public VGGT weights are converted.
+    Public VGGT weights are converted. Nothing is under its name before all is written, whatever stops the writer, and the same
+    call begins anew after a kill.
 
     Args:
         save_directory (`str` or `os.PathLike`):
@@ -175,7 +177,7 @@ def export_model(
         NotADirectoryError: If there is a file of this name.
     """
     folder = Path(save_directory)
-    if folder.exists() and any(folder.iterdir()):
+    if not is_free(folder):
         raise ValueError(f"`save_directory` must be new or empty, and {str(folder)!r} is not. Choose another one.")
     origin = None if model is None else find_origin(model, revision)
     if origin is not None and origin.is_vggt:
@@ -183,7 +185,9 @@ def export_model(
             raise ValueError(
                 "`facts` and `results` are for the card of a GEODE model, and this is VGGT. Leave them out."
             )
-        if export_vggt(folder, origin, license_id=license_id) is None:
+        with whole_folder(folder) as work:
+            known_license = export_vggt(work, origin, license_id=license_id)
+        if known_license is None:
             print(
                 "geode: notice: the licence of the weights is not known, and the card says so; state it with --license.",
                 file=sys.stderr,
@@ -201,7 +205,9 @@ def export_model(
     if facts is None:
         facts, results = FACTS / "geode_tiny.yaml", results or [tiny_checkpoint() / "results"]
     stated = read_facts(facts, "model", parts=parts)
-    save_model(folder, load_checkpoint(model, revision), stated, results=results, repo_id=repo_id)
+    checkpoint = load_checkpoint(model, revision)
+    with whole_folder(folder) as work:
+        save_model(work, checkpoint, stated, results=results, repo_id=repo_id)
     print(f"exported: {folder}")
 
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`geode push`: upload a folder to a repository on the Hub once it was checked."""
 
+import hashlib
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import DatasetCard, HfApi, SpaceCard
+from huggingface_hub import DatasetCard, HfApi, RepoFile, SpaceCard
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from geode.hub_cards.check import Problem, check_contents, check_files
+from geode.hub_cards.manifest import hash_file
 
 
 REPO_TYPES = ("model", "dataset", "space")
@@ -48,7 +51,8 @@ def push_folder(
         repo_type (`str`, defaults to `"model"`): `"model"`, `"dataset"` or `"space"`.
         private (`bool`, defaults to `False`): Make the repository private; one that is there and public is refused.
         revision (`str`, *optional*): Branch; it starts from the main one.
-        tag (`str`, *optional*): Tag for the commit, which must be new.
+        tag (`str`, *optional*): Tag for the commit, which must be new, unless it names this content already: then an earlier call was
+            interrupted after it had set it.
         message (`str`, *optional*): The commit's message.
 
     Returns:
@@ -77,7 +81,20 @@ def push_folder(
     api.whoami()  # first, as its error says how to log in
     sdk = {"space_sdk": SpaceCard.load(folder / "README.md").data.sdk} if repo_type == "space" else {}
     repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True, **sdk).repo_id
-    _check_repository(api, repo_id, repo_type, private=private, tag=tag)
+    head, is_tagged = _check_repository(
+        api, repo_id, repo_type, private=private, tag=tag, folder=folder, branch=revision
+    )
+    if head is not None:  # an earlier call was interrupted after all had arrived, or nothing has changed
+        kind = "" if repo_type == "model" else f"{repo_type}s/"
+        pushed = Pushed(f"{api.endpoint}/{kind}{repo_id}/commit/{head}", head, tag)
+    else:
+        pushed = _upload(api, repo_id, repo_type, folder, revision=revision, tag=tag, message=message)
+    if tag is not None and not is_tagged:
+        api.create_tag(repo_id, tag=tag, revision=pushed.commit, repo_type=repo_type)
+    return pushed
+
+
+def _upload(api: HfApi, repo_id: str, repo_type: str, folder: Path, *, revision, tag, message) -> Pushed:
     if revision is not None:
         api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
     try:
@@ -92,21 +109,50 @@ def push_folder(
     except RuntimeError as error:  # the client's, around the error of one file
         reason = error.__cause__ or error
         raise OSError(f"{error} ({reason}). Run it again: files that have arrived are not sent again.") from error
-    if tag is not None:
-        api.create_tag(repo_id, tag=tag, revision=commit.oid, repo_type=repo_type)
     return Pushed(str(commit.commit_url), commit.oid, tag)
 
 
-def _check_repository(api: HfApi, repo_id: str, repo_type: str, *, private: bool, tag: str | None) -> None:
-    """Refuse, before anything is sent, a public repository where a private one is wanted, and a tag that is taken."""
+def _check_repository(
+    api: HfApi, repo_id: str, repo_type: str, *, private: bool, tag: str | None, folder: Path, branch: str | None
+) -> tuple[str | None, bool]:
+    """
+    Refuse, before anything is sent, a public repository where a private one is wanted, and a tag that is taken.
+
+    Returns the branch's last commit, if it has just what would be uploaded, and whether it has the tag.
+    """
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(
             f"`private` is true, and {repo_id} is there and public. Make it private on the Hub first, or leave it out."
         )
-    if tag is not None and tag in [ref.name for ref in api.list_repo_refs(repo_id, repo_type=repo_type).tags]:
+    refs = api.list_repo_refs(repo_id, repo_type=repo_type)
+    heads = [ref.target_commit for ref in refs.branches if ref.name == (branch or "main")]
+    head = heads[0] if heads and _is_there(api, repo_id, repo_type, folder, revision=heads[0]) else None
+    tagged = [ref.target_commit for ref in refs.tags if ref.name == tag]
+    if tagged and tagged != [head]:
         raise ValueError(
             f"`tag` must be new, and {repo_id} has {tag!r} already. Choose another one, or delete it on the Hub."
         )
+    return head, bool(tagged)
+
+
+def _is_there(api: HfApi, repo_id: str, repo_type: str, folder: Path, *, revision: str) -> bool:
+    """Tell whether a commit has every file of a folder, by their hashes, and none that an upload would delete."""
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
+    found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    own = {path for path in paths if not path.startswith((".git/", ".cache/huggingface/"))}
+    others = found.keys() - own if repo_type == "model" else ()
+    if not own <= found.keys() or any(fnmatch(name, pattern) for name in others for pattern in STALE):
+        return False
+    return all(_has_content(found[name], folder / name) for name in own)
+
+
+def _has_content(entry: RepoFile, path: Path) -> bool:
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == hash_file(path)
+    content = path.read_bytes()
+    # Of a small file the Hub gives the hash that Git has for it.
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _check_other(folder: Path, repo_type: str) -> list[Problem]:

@@ -210,9 +210,11 @@ class Handler(BaseHTTPRequestHandler):
                 "path": entry["path"],
                 "uploadMode": "lfs" if LARGE.search(entry["path"]) else "regular",
                 "shouldIgnore": False,
-                "oid": files[entry["path"]].oid if entry["path"] in files else None,
+                # Of a large file the SHA-256 of its content, as the client compares it.
+                "oid": (files[name].sha256 if files[name].is_large else files[name].oid) if name in files else None,
             }
             for entry in json.loads(self.body)["files"]
+            for name in [entry["path"]]
         ]
         self._json({"files": answers})
 
