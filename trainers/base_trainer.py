@@ -4,18 +4,19 @@
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_trainer import _BaseTrainer  # private, but the base of every trainer of trl; checked on trl 1.16
 
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
-from geode.trainers.checkpoints import checkpoint_to_resume
+from geode.trainers.checkpoints import checkpoint_to_resume, find_damage, write_checksums
 from geode.trainers.collator import GeodeDataCollator, exchanged_scenes, records_of
 from geode.trainers.packing import IGNORED_LABEL
 from geode.trainers.training_card import build_training_card
@@ -368,8 +369,23 @@ class GeodeTrainer(_BaseTrainer):
         # The state is written last, and says that the rest is there. What an earlier run left says nothing about this one.
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_checksums(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # `torch.save` has a RuntimeError for a full disk
+            if (
+                find_damage(folder, without_optimizer=True) is None
+            ):  # the Hub refused it, or no checksums could be written
+                raise
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # nothing could go on from it, and others may need the room
+            raise OSError(
+                f"{folder} could not be written ({error}). Make room, or name another `output_dir`; the same command with "
+                "`--resume_from_checkpoint true` goes on from the last checkpoint."
+            ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

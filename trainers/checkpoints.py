@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints of a run were written to their end."""
+"""Which checkpoints of a run were written to their end, and are as they were written."""
 
 import json
 import logging
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from geode.data.whole_files import write_whole
+from geode.modeling_geode.scene_files_geode import read_json, sealed
 from geode.trainers.drm_files import DRM_FILE
 
 
@@ -19,11 +22,14 @@ logger = logging.getLogger(__name__)
 # A whole model, its parts, an adapter, the rationale module; then FSDP's and DeepSpeed's.
 _WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", DRM_FILE, "pytorch_model_fsdp*", "global_step*")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+_SILENT = ("rng_state", "scheduler", "scaler")
+CHECKSUMS_FILE = "checksums.json"
+_CHUNK = 1 << 24
 
 
 def find_damage(folder: str | os.PathLike, *, without_optimizer: bool = False) -> str | None:
     """
-    Say what a checkpoint lacks, from the ends of its files; tensors are not read.
+    Say what a checkpoint lacks, from the ends of its files and then from their checksums, which reads all of it.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -52,7 +58,47 @@ def find_damage(folder: str | os.PathLike, *, without_optimizer: bool = False) -
     if absent:
         return f"it has no {absent[0]}"
     torn = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not _is_whole(path)]
-    return f"{torn[0]} ends too early" if torn else None
+    return f"{torn[0]} ends too early" if torn else _find_changed(folder, without_optimizer)
+
+
+def _find_changed(folder: Path, without_optimizer: bool) -> str | None:
+    """Say which file is not as it was written; checkpoints of earlier versions and of other programs have no checksums."""
+    if not (folder / CHECKSUMS_FILE).is_file():
+        return None
+    try:
+        known = read_json(folder / CHECKSUMS_FILE, "")
+    except ValueError:
+        return f"{CHECKSUMS_FILE} is damaged"
+    # A run goes on without these, with other random numbers or from the first learning rate, and says nothing.
+    lost = sorted(name for name in known if name.startswith(_SILENT) and not (folder / name).is_file())
+    if lost and not without_optimizer:
+        return f"it has no {lost[0]}"
+    there = {name: value for name, value in known.items() if (folder / name).is_file()}
+    changed = [name for name, value in sorted(there.items()) if _checksum(folder / name) != value]
+    return f"{changed[0]} is damaged: its checksum is not the one in {CHECKSUMS_FILE}" if changed else None
+
+
+def write_checksums(folder: str | os.PathLike) -> None:
+    """
+    Write down what the files of a checkpoint hold: neither safetensors nor `torch.load` sees a flipped bit.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A checkpoint that is written.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+    found = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    write_whole(folder / CHECKSUMS_FILE, json.dumps(sealed(found), indent=1) + "\n")
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32, which is for faults and several times as fast as a digest."""
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
 
 
 def _is_whole(path: Path) -> bool:
@@ -68,7 +114,7 @@ def _is_whole(path: Path) -> bool:
 
 def last_whole_checkpoint(folder: str | os.PathLike, *, without_optimizer: bool = False) -> str | None:
     """
-    Find the last checkpoint of a run that was written to its end, and warn about later ones.
+    Find the last checkpoint of a run that is whole, and warn about later ones.
 
     The library takes the highest number, whatever the folder holds: a run that was killed while it saved could not go on.
 
@@ -129,4 +175,4 @@ def checkpoint_to_resume(value: str | bool | None, args) -> str | None:
     return str(value)
 
 
-__all__ = ["checkpoint_to_resume", "find_damage", "last_whole_checkpoint"]
+__all__ = ["checkpoint_to_resume", "find_damage", "last_whole_checkpoint", "write_checksums"]

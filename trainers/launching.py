@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the launchable scripts of the stages share."""
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from geode.data.whole_files import writing
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.dry_run import dry_run, find_config
+from geode.trainers.stopping import SaveOnSigterm, StoppedBySignal
 from geode.trainers.training_config import GeodeTrainingConfig
 from geode.trainers.training_setup import load_model
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,16 +99,61 @@ def load_parts(
 
 
 def run(trainer) -> None:
-    """Train, evaluate, save, and write the card."""
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    """
+    Train, evaluate, save, and write the card. After SIGTERM save a checkpoint, and end.
+
+    Args:
+        trainer ([`GeodeTrainer`]): The trainer.
+
+    Raises:
+        OSError: If a process that reads data was killed, or something cannot be written.
+        ValueError: If `enable_jit_checkpoint` is set, which does that in another way.
+    """
+    if trainer.args.enable_jit_checkpoint:
+        raise ValueError(
+            "`enable_jit_checkpoint` must be false: SIGTERM makes this command save after the step it is at, and end, and a resumed "
+            "run then equals one that was not stopped. Leave it out."
+        )
+    stopper = SaveOnSigterm(trainer.accelerator)
+    trainer.add_callback(stopper)
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except StoppedBySignal as stopped:
+        logger.warning("%s", stopped)
+        trainer.end()
+        return
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"{error} Perhaps memory ran out: fewer `dataloader_num_workers` need less. The same command with "
+            "`--resume_from_checkpoint true` goes on from the last checkpoint."
+        ) from error
+    finally:
+        stopper.release()
+    finish(trainer)
+
+
+def finish(trainer) -> None:
+    """
+    Evaluate, save, and write the card.
+
+    Args:
+        trainer ([`GeodeTrainer`]): A trainer that has trained.
+    """
     if trainer.eval_dataset is not None:
         trainer.evaluate()
-    trainer.save_model(trainer.args.output_dir)
-    trainer.save_state()
-    trainer.create_model_card()
+    if trainer.args.should_save:
+        # The writer of safetensors has a random name for a file that is under way, which a kill leaves behind.
+        for path in Path(trainer.args.output_dir).glob(".tmp??????"):
+            path.unlink(missing_ok=True)
+    with writing(trainer.args.output_dir):
+        trainer.save_model(trainer.args.output_dir)
+        trainer.save_state()
+        trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=trainer.args.mixture)
     trainer.end()
 
 
-__all__ = ["GeodeScriptArguments", "build_parser", "load_parts", "print_dry_run", "run"]
+__all__ = ["GeodeScriptArguments", "build_parser", "finish", "load_parts", "print_dry_run", "run"]

@@ -21,20 +21,18 @@ from geode.cli import main
 from geode.trainers.alignment_config import GeodeAlignmentConfig
 from geode.trainers.alignment_trainer import GeodeAlignmentTrainer
 from geode.trainers.checkpoints import checkpoint_to_resume, find_damage, last_whole_checkpoint
+from geode.trainers.launching import run
 from geode.trainers.stage1_config import GeodeStage1Config
 from geode.trainers.stage1_trainer import GeodeStage1Trainer
 from geode.trainers.stage2_config import GeodeStage2Config
 from geode.trainers.stage2_trainer import GeodeStage2Trainer
-from tests.trainers.common_collator import make_media, make_model, make_processor, make_records, text_record
+from tests.trainers.common_collator import make_model, make_processor, make_records, text_record
 from tests.trainers.common_launch import ROOT, environment
-from tests.trainers.common_training import settings
+from tests.trainers.common_training import NUM_STEPS, arguments_of, assert_same_run, history_of, make_world, settings
 
 
 # peft still reads the old name of the library's `is_activation_checkpointing`.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-NUM_STEPS = 8
-# How fast a run was says nothing about what it learned.
-SPEEDS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,50 +46,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model with dropout, and a recipe whose epochs have three steps, the last one shorter: packs of two rooms, dealt anew."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "media").mkdir()
-    make_media(folder / "media")
-    processor = make_processor()
-    model = make_model(processor)
-    model.config.text_config.attention_dropout = 0.2
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    rows = []
-    for number in range(18):
-        medium = ("rooms/one.mp4", "rooms/two")[number % 2]
-        row = {"media": medium, "media_type": "video", "prompt": f"How long is object {number}?"}
-        rows.append(row | ({"answer": "It is not here."} if number % 3 == 2 else {"answer": number + 1, "unit": "m"}))
-    (folder / "rows").mkdir()
-    (folder / "rows" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    mixture = "sources:\n  - {reader: jsonl, path: rows, media_root: media}\n"
-    (folder / "rows.yaml").write_text(mixture, encoding="utf-8")
-    recipe = {
-        "model_name_or_path": str(folder / "model"),
-        "mixture": str(folder / "rows.yaml"),
-        "data_root": str(folder),
-        "cache_dir": str(folder / "cache"),
-        "geometry": "geometry/{stem}",
-        "questions_per_pack": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": NUM_STEPS,
-        "warmup_steps": 2,
-        "learning_rate": 1.0e-3,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "disable_tqdm": True,
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    return folder
-
-
-def arguments_of(world: Path, out: Path, *options: str) -> list[str]:
-    return ["train", "stage2", "--config", str(world / "recipe.yaml"), "--output_dir", str(out), *options]
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +55,6 @@ def whole(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     assert main(arguments_of(world, out)) == 0
     return out
-
-
-def history_of(out: Path) -> list[dict]:
-    """What each step logged: losses, gradient norm, learning rate and metrics."""
-    history = json.loads((out / "trainer_state.json").read_text("utf-8"))["log_history"]
-    assert [entry["step"] for entry in history[:NUM_STEPS]] == list(range(1, NUM_STEPS + 1))
-    return [{name: value for name, value in entry.items() if name not in SPEEDS} for entry in history[:NUM_STEPS]]
-
-
-def assert_same_run(out: Path, whole: Path) -> None:
-    """To the last bit."""
-    assert history_of(out) == history_of(whole)
-    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, out))
-    assert expected.keys() == found.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
 
 
 def run_and_kill(world: Path, out: Path, step: int, *options: str, delay: float = 0.0, timeout: float = 180) -> None:
@@ -379,6 +319,17 @@ def test_stage_1_checkpoint_holds_everything_if_asked_for(trainer_of, tmp_path):
     assert not (tmp_path / "checkpoint-1" / "drm.safetensors").exists()
 
 
+def test_library_option_that_stops_at_another_moment_is_refused(trainer_of, tmp_path):
+    """It would save between the gradients and their step: `tests/faults/test_stopping.py` sees what is there in its place."""
+    trainer = trainer_of("stage2", tmp_path, enable_jit_checkpoint=True)
+    try:
+        with pytest.raises(ValueError, match=r"`enable_jit_checkpoint` must be false"):
+            run(trainer)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the library has taken it when the trainer was made
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 # ---- writing ----
 
 
@@ -404,3 +355,34 @@ def test_adapter_of_a_checkpoint_is_an_adapter(trainer_of, tmp_path):
     assert isinstance(trainer.model, PeftModel)
     assert find_damage(tmp_path / "checkpoint-1") is None
     assert not (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+
+
+def test_flipped_bit_of_any_file_is_seen(broken, caplog):
+    """Weights, moments and random numbers with one wrong bit load without a word."""
+    folder, generator = broken / "checkpoint-3", random.Random(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert {"checksums.json", "model.safetensors", "optimizer.pt", "rng_state.pth"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        for _ in range(3):
+            position = generator.randrange(len(content))
+            flipped = content[position] ^ (1 << generator.randrange(8))
+            path.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                assert last_whole_checkpoint(broken) == str(broken / "checkpoint-2"), (path, position)
+            (message,) = caplog.messages
+            assert path.name in message or "ends too early" in message
+        path.write_bytes(content)
+    assert last_whole_checkpoint(broken) == str(folder)
+
+
+def test_checkpoint_without_its_random_numbers_is_skipped(broken):
+    """The library would go on with others, and not say so."""
+    (broken / "checkpoint-3" / "rng_state.pth").unlink()
+    assert last_whole_checkpoint(broken) == str(broken / "checkpoint-2")
+
+
+def test_checkpoint_of_an_earlier_version_has_no_checksums(broken):
+    (broken / "checkpoint-3" / "checksums.json").unlink()
+    assert last_whole_checkpoint(broken) == str(broken / "checkpoint-3")
