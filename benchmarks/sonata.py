@@ -141,11 +141,6 @@ def in_fresh_process(function, *arguments):
         return pool.apply(function, arguments)
 
 
-def set_threads(num_threads: int) -> None:
-    """Use so many CPU threads, from here on."""
-    torch.set_num_threads(num_threads)
-
-
 def measure_case(size: str, num_points: int, repeats: int, progress: tqdm) -> dict[str, Any]:
     """Measure both programs of a case in turn, and compare them."""
     config = SonataConfig(**SIZES[size])
@@ -211,7 +206,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     options = parse_arguments(arguments)
-    set_threads(1)
+    torch.set_num_threads(1)
     report = {**vars(options), "torch": torch.__version__, "results": []}
     with tqdm(total=len(options.cases) * options.repeats * len(PROGRAMS), desc="runs", file=sys.stderr) as progress:
         for case in options.cases:
