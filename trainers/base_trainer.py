@@ -382,6 +382,8 @@ class GeodeTrainer(_BaseTrainer):
                 raise
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # nothing could go on from it, and others may need the room
+            if "DataLoader worker" in str(error):  # of a signal, which may come at any moment
+                raise
             raise OSError(
                 f"{folder} could not be written ({error}). Make room, or name another `output_dir`; the same command with "
                 "`--resume_from_checkpoint true` goes on from the last checkpoint."
