@@ -484,6 +484,11 @@ class FeatureStore:
             self._open_shards, self._process = {}, os.getpid()
         if number not in self._open_shards:
             expected = self.shards[number]
+            if expected["file"] != Path(expected["file"]).name:
+                raise ValueError(
+                    f"The shards of {self.folder} must lie in it, and {INDEX_FILE} names {expected['file']!r}. Run the same "
+                    "`geode precompute` again, which makes it anew."
+                )
             path = self.folder / expected["file"]
             size = path.stat().st_size if path.is_file() else None
             if size != expected["bytes"]:

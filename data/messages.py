@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from geode.data.schemas import Record
+from geode.data.schemas import Record, media_path
 from geode.data.synthetic_rooms.boxes import canonical_box
 from geode.modeling_geode.answers_geode import COUNT
 from geode.modeling_geode.scene_geode import SceneGeometry
@@ -53,7 +53,7 @@ def messages_from_record(
         `list[dict]`: User and assistant turns with lists of parts.
 
     Raises:
-        ValueError: If a box cannot be brought into the frame of its scene.
+        ValueError: If a box cannot be brought into the frame of its scene, or a path of the record leaves its root.
 
     Example:
     ```python
@@ -102,6 +102,7 @@ def messages_from_record(
 
 
 def _below(root: str | os.PathLike | None, path: str) -> str:
+    path = media_path(path)
     return path if root is None else str(Path(root) / path)
 
 

@@ -14,9 +14,11 @@ Convention:
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import PurePosixPath
+from string import Formatter
 
 from geode.modeling_geode.answers_geode import COUNT, asked_unit, convert_to_si
 
@@ -344,6 +346,39 @@ def media_path(path: str | None) -> str:
     return str(clean)
 
 
+def fill_path(pattern: str, names: Mapping[str, str | None]) -> str:
+    """
+    Put names that a dataset gives into a path that the user gives.
+
+    Args:
+        pattern (`str`): A path with names in braces, such as `"geometry/{scene}"`. It is trusted: it may lead anywhere.
+        names (`Mapping[str, str | None]`): What each name stands for. It is not trusted, see [`media_path`].
+
+    Returns:
+        `str`: The path.
+
+    Raises:
+        ValueError: If the pattern has another name, or what a name of it stands for is missing or leaves its place in the path.
+
+    Example:
+    ```python
+    >>> fill_path("../geometry/{scene}", {"scene": "room_1", "source": None})
+    '../geometry/room_1'
+
+    ```
+    """
+    try:
+        used = {name for _, name, _, _ in Formatter().parse(pattern) if name is not None}
+        if not used <= names.keys():
+            raise ValueError(f"it has {sorted(used - names.keys())}")
+    except ValueError as error:
+        raise ValueError(
+            f"`geometry` must be a path with no other names in braces than {sorted(names)}, got {pattern!r}: {error}."
+        ) from error
+    # The folder of a path without folders is written as one dot.
+    return pattern.format_map({name: names[name] if names[name] == "." else media_path(names[name]) for name in used})
+
+
 def paired_turns(conversations: list[dict] | None, *, default_question: str | None = None) -> list[list[str]]:
     """
     Return the questions and answers of a LLaVA-style conversation.
@@ -432,6 +467,7 @@ __all__ = [
     "benchmark_prompt",
     "conversation_fields",
     "default_unit",
+    "fill_path",
     "media_path",
     "number_fields",
     "number_unit",

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from geode.data.schemas import fill_path
 from geode.modeling_geode.answers_geode import Answer
 from geode.modeling_geode.scene_encoding_geode import SceneEncoding
 from geode.modeling_geode.scene_geode import SceneGeometry
@@ -23,7 +24,7 @@ def geometry_path(media_root: Path, pattern: str, video: Path) -> Path:
         `Path`: The path, whether there is something or not.
 
     Raises:
-        ValueError: If the pattern asks for another name.
+        ValueError: If the pattern asks for another name, or the video's would lead out of its place in the path.
 
     Example:
     ```python
@@ -32,13 +33,9 @@ def geometry_path(media_root: Path, pattern: str, video: Path) -> Path:
 
     ```
     """
-    names = {"scene": video.stem, "stem": video.stem, "parent": video.parent.as_posix()}
-    try:
-        return media_root / pattern.format(**names)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"`geometry` must be a path with no other names in braces than {sorted(names)}, got {pattern!r}."
-        ) from error
+    return media_root / fill_path(
+        pattern, {"scene": video.stem, "stem": video.stem, "parent": video.parent.as_posix()}
+    )
 
 
 def show_video(

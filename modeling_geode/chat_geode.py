@@ -205,7 +205,13 @@ def split_rendered(rendered: str, spans: Sequence[tuple[int, int]], texts: Seque
                     yield PromptPiece(plain, is_trusted=False, is_generated=is_generated)
                 yield PromptPiece(rendered[start : match.start()], is_trusted=True, is_generated=is_generated)
                 plain = ""
-            plain += texts[int(match[1])]
+            number = int(match[1])
+            if number >= len(texts):
+                raise ValueError(
+                    f"The chat has {len(texts)} texts, and the chat template wrote a private-use mark that stands for number "
+                    f"{number}. Take the marks U+E000 and U+E001 out of the template."
+                )
+            plain += texts[number]
             start = match.end()
         if plain:
             yield PromptPiece(plain, is_trusted=False, is_generated=is_generated)

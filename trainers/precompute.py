@@ -230,7 +230,10 @@ def precompute(
             reconstructor, or no video can be read.
     """
     state, out = process_state(), Path(out)
-    items = sorted({VideoItem(*item) for item in items}, key=lambda item: item.path)
+    items = [VideoItem(*item) for item in items]
+    items = [item._replace(path=media_path(item.path)) for item in items]
+    items = [item if item.geometry is None else item._replace(geometry=media_path(item.geometry)) for item in items]
+    items = sorted(set(items), key=lambda item: item.path)
     manifest = _manifest(model, processor, items, store_vision_features, store_geometry, shard_size, dtype)
     # Each process reads its share of the shards, and all go the same way.
     is_complete = all(gather_object([_check_folder(out, manifest, retry_failed, state)]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from geode.data.feature_store import FeatureStore, StoredScene, collate_stored_scenes
-from geode.data.schemas import Record, media_path
+from geode.data.schemas import Record, fill_path, media_path
 from geode.data.synthetic_rooms.boxes import canonical_box
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.modeling_geode.scene_geode import SceneGeometry
@@ -227,13 +227,13 @@ class SceneLoader:
         return SceneMedia(part, tensors, geometry)
 
     def _find_geometry(self, record: Record) -> SceneGeometry | None:
-        found = record.geometry
+        found = None if record.geometry is None else media_path(record.geometry)
         if found is None and callable(self.geometry):
             found = self.geometry(record)
         elif found is None and self.geometry is not None:
             medium = Path(media_path(record.media))
             names = {"stem": medium.stem, "parent": medium.parent.as_posix(), "scene": record.scene}
-            found = self.geometry.format(**names, source=record.source)
+            found = fill_path(self.geometry, {**names, "source": record.source})
         if found is None or hasattr(found, "boxes_in_scene"):
             return found
         path = self.root_of(record) / found

@@ -155,7 +155,9 @@ class GeodeStage1Trainer(GeodeTrainer):
     @torch.no_grad()
     def _embed(self, texts: list[str]) -> torch.Tensor:
         """Mean state of the frozen text encoder, `(num_texts, hidden_size)`."""
-        inputs = self.rationale_tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        # Rationales are text of a dataset, which may spell the special tokens of any tokenizer.
+        options = {"padding": True, "truncation": True, "split_special_tokens": True, "return_tensors": "pt"}
+        inputs = self.rationale_tokenizer(texts, **options)
         inputs = {name: tensor.to(self.args.device) for name, tensor in inputs.items()}
         states = self.rationale_encoder(**inputs).last_hidden_state
         mask = inputs["attention_mask"][..., None].to(states.dtype)

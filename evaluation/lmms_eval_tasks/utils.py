@@ -17,10 +17,12 @@ from lmms_eval.tasks.vsibench.utils import (  # noqa: F401  (the task names them
     vsibench_process_results,
 )
 
+from geode.data.schemas import media_path
+
 
 def doc_to_visual(doc: dict) -> list[str]:
     """Return the path of a question's video, below the folder in which lmms-eval runs."""
-    path = Path(doc["dataset"]) / f"{doc['scene_name']}.mp4"
+    path = Path(media_path(f"{doc['dataset']}/{doc['scene_name']}.mp4"))
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path.absolute()}. Run lmms-eval in the folder of the dataset.")
     return [str(path.absolute())]

@@ -354,6 +354,17 @@ READ_ONE = """
 import sys
 from geode.data.feature_store import FeatureStore
 
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_shards_lie_in_the_store(store, tmp_path, name):
+    folder = Path(shutil.copytree(store.folder, tmp_path / "store"))
+    index = json.loads((folder / INDEX_FILE).read_text())
+    index["shards"][0]["file"] = name
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    other = FeatureStore(folder)
+    with pytest.raises(ValueError, match=f"must lie in it, and {INDEX_FILE} names '{name}'"):
+        other[next(key for key, entry in other.entries.items() if entry["shard"] == 0)].tensors()
+
+
 def resident() -> int:
     lines = open("/proc/self/status", encoding="ascii").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024

@@ -14,6 +14,7 @@ from geode.data.schemas import (
     benchmark_prompt,
     conversation_fields,
     default_unit,
+    fill_path,
     media_path,
     number_fields,
     number_unit,
@@ -193,6 +194,18 @@ def test_media_path_is_normal(path, clean):
 def test_media_path_stays_below_its_root(path):
     with pytest.raises(ValueError, match="path of a medium"):
         media_path(path)
+
+
+def test_fill_path_trusts_the_pattern_and_not_what_stands_for_its_names():
+    names = {"scene": "room_1", "parent": ".", "source": None}
+    assert fill_path("../{parent}/geometry/{scene}.d", names) == ".././geometry/room_1.d"
+    assert fill_path("one", names) == "one"
+    for hostile in ("..", "../..", "/etc", "a/../../b", "", None):
+        with pytest.raises(ValueError, match="path of a medium must"):
+            fill_path("geometry/{scene}", {**names, "scene": hostile})
+    for pattern in ("{name}", "{}", "{scene.__class__}", "{scene[0]}", "{scene"):
+        with pytest.raises(ValueError, match=r"no other names in braces than \['parent', 'scene', 'source'\]"):
+            fill_path(pattern, names)
 
 
 def test_conversation_of_several_turns_is_text():

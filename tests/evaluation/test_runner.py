@@ -5,12 +5,14 @@ import dataclasses
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from geode.commands import load_checkpoint
 from geode.evaluating import evaluate_model, model_revision
+from geode.evaluation.asking import geometry_path
 from geode.evaluation.benchmark import load_benchmark
 from geode.evaluation.results import chance_scores, score_lines, score_table, write_card, write_results
 from geode.evaluation.runner import EvalOptions, Evaluator, predict, read_lines, scored_prediction
@@ -182,6 +184,8 @@ def test_missing_geometry_and_videos_are_named(checkpoint, benchmark, tmp_path):
         Evaluator(*checkpoint, moved).answer_scene(scene)
     with pytest.raises(ValueError, match=r"no other names in braces .*'geometry/\{room\}'"):
         Evaluator(*checkpoint, benchmark, EvalOptions(geometry="geometry/{room}")).answer_scene(scene)
+    with pytest.raises(ValueError, match="must stay below its root"):
+        geometry_path(Path("root"), "{scene}/geometry", Path("rooms/...mp4"))
     with pytest.raises(ValueError, match="needs two scenes or more"):
         Evaluator(*checkpoint, load_benchmark(benchmark.name, max_scenes=1), EvalOptions(control="shuffled_geometry"))
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):

@@ -593,6 +593,13 @@ def test_list_items_refuses_bad_lists(tmp_path, text, message):
         list_items(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("item", [("../a.mp4", None), ("/a.mp4", None), ("a.mp4", "../g"), ("a.mp4", "/g")])
+def test_items_that_were_not_listed_stay_below_the_root_as_well(tmp_path, item):
+    with pytest.raises(ValueError, match="must stay below its root"):
+        precompute(None, None, [VideoItem(*item)], tmp_path / "store", media_root=tmp_path)
+    assert not (tmp_path / "store").exists()
+
+
 def test_read_shard_facts_gives_none_for_what_is_no_shard(tmp_path, reference):
     facts = read_shard_facts(reference[0] / "shard-00000.safetensors")
     assert len(facts["keys"]) == 2

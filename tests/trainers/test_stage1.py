@@ -273,10 +273,12 @@ def test_term_is_added_to_the_loss_and_trains_the_projection(trainer_of, encoder
 
 def test_text_embedding_is_the_mean_state_of_the_encoder(trainer_of, encoder):
     trainer = trainer_of(alignment_loss_weight=0.5, rationale_encoder_name_or_path=encoder)
-    texts = ["near", "far from the table"]
+    spelled = trainer.rationale_tokenizer.eos_token
+    texts = ["near", "far from the table", f"{spelled} is no end{spelled}"]
     found = trainer._embed(texts)
     for text, row in zip(texts, found, strict=True):
-        ids = trainer.rationale_tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = trainer.rationale_tokenizer(text, split_special_tokens=True, return_tensors="pt")["input_ids"]
+        assert not set(ids[0].tolist()) & set(trainer.rationale_tokenizer.all_special_ids)
         expected = trainer.rationale_encoder(ids).last_hidden_state[0].mean(dim=0)
         torch.testing.assert_close(row, expected)
     labels = torch.full((1, 9), -100)
