@@ -37,6 +37,9 @@ class GeodeAskingMixin:
         language model once, and its keys and values are held once for all questions. A language model with other attention
         than full by 'sdpa' or 'eager' cannot do this: there each question computes them for itself.
 
+        Several threads may ask one model and one processor at a time: a call keeps its state to itself. They share the cores, so
+        one call with all questions is faster.
+
         Args:
             processor ([`GeodeProcessor`]):
                 The model's processor.

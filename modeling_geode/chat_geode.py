@@ -2,6 +2,7 @@
 """Chats: the template, the checks of turns and parts, and the separation of markup from what users wrote."""
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ PLACEHOLDER = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_PLACEHOLDER
 # What a text part becomes while the template runs: its number between two private-use characters. The text itself is
 # absent then, so nothing that a user writes can act as markup.
 _SENTINEL = re.compile("\ue000([0-9]+)\ue001")
+# The library keeps compiled templates, and one that tracks where the assistant speaks is in use until it is rendered.
+_RENDERING = threading.Lock()
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -186,9 +189,10 @@ def for_template(chat: list[dict], texts: list[str] | None = None) -> list[dict]
 def render_chat(template: str, chat: list[dict], settings: dict) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a chat, and where in it the assistant speaks."""
     tracks = bool(GENERATION_TAG.search(template)) and not settings["continue_final_message"]
-    (rendered,), spans = render_jinja_template(
-        conversations=[chat], chat_template=template, return_assistant_tokens_mask=tracks, **settings
-    )
+    with _RENDERING:
+        (rendered,), spans = render_jinja_template(
+            conversations=[chat], chat_template=template, return_assistant_tokens_mask=tracks, **settings
+        )
     return rendered, spans[0] if tracks else []
 
 

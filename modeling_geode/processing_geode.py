@@ -3,6 +3,7 @@
 
 import inspect
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -46,6 +47,9 @@ from .video_processing_geode import GeodeImageProcessor, load_frame_sets, load_i
 
 
 logger = logging.get_logger(__name__)
+# Whether special tokens are split is a state of the tokenizer, which each call sets before it encodes: between two threads, markup
+# would become text, and text markup. Not of the processor, which is copied and pickled.
+_ENCODING = threading.Lock()
 
 
 @dataclass
@@ -548,10 +552,10 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
         return text
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+        return self._ids_of(text, split_special_tokens=False)
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = self._ids_of(text, split_special_tokens=True)
         special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         forged = special.intersection(ids)
         if forged:
@@ -560,6 +564,11 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
                 "tokenizer that honours `split_special_tokens`."
             )
         return ids
+
+    def _ids_of(self, text: str, *, split_special_tokens: bool) -> list[int]:
+        options = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False}
+        with _ENCODING:
+            return self.tokenizer(text, **options)["input_ids"]
 
     def _pad_id(self) -> int:
         if self.tokenizer.pad_token_id is None:
