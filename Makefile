@@ -3,20 +3,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 DOCS_VENV ?= .venv-docs
+AUDIT_VENV ?= .venv-audit
 WORKERS ?= 2
+TESTS ?=
 OUT ?= dist/geode-tiny
 TINY ?= geode-tiny
 
 PY := $(VENV)/bin/python
+INSTALL := python -m pip --disable-pip-version-check --no-input install --quiet
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 READY := $(VENV)/.ready
 DOCS_READY := $(DOCS_VENV)/.ready
+AUDIT_READY := $(AUDIT_VENV)/.ready
 # One thread per worker: two workers that share two cores with many threads each are slower than one.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ONE_THREAD) $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-invariant dev style check types docs dist export tiny clean
+.PHONY: help demo test test-all test-gpu test-invariant test-min test-max golden audit dev style check types docs dist export tiny clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)$$/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
@@ -36,6 +40,21 @@ test-gpu: $(READY)  ## run the tests that need a CUDA device
 
 test-invariant: $(READY)  ## compare training trajectories that must be equal
 	@$(PYTEST) -m invariant
+
+test-min: .venv-min/.ready  ## run the tests with the lowest versions that are supported, in .venv-min
+	@$(ONE_THREAD) .venv-min/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+# What is newest changes from day to day, so that it is asked for in each run.
+test-max: .venv-max/.ready  ## run the tests with the newest versions that are supported, in .venv-max
+	@.venv-max/bin/$(INSTALL) --upgrade -r requirements/max.txt
+	@$(ONE_THREAD) .venv-max/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+golden: $(READY)  ## measure the shipped checkpoint's numbers again, once it or the embedded room has changed
+	@$(ONE_THREAD) $(PY) -m tests.golden_tiny
+	@echo "written: tests/fixtures/golden_tiny.json"
+
+audit: $(READY) $(AUDIT_READY)  ## look for known vulnerabilities in what is installed, and list it in build/sbom.cdx.json
+	@$(PY) scripts/audit.py $(AUDIT_VENV) $(VENV) build
 
 dev: $(READY)  ## make the environment, and no more
 	@echo "ready: $(PY)"
@@ -74,7 +93,7 @@ tiny: $(READY)  ## make 2000 rooms and train the tiny model on them; goes on whe
 
 clean:  ## remove what the targets above have made, except environments and geode-tiny
 	@rm -rf build dist geode-demo .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
-	@find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(DOCS_VENV)/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 define CHECK_PYTHON
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
@@ -93,6 +112,22 @@ $(DOCS_READY): requirements/docs.txt
 	@echo "making $(DOCS_VENV) with requirements/docs.txt"
 	@$(PYTHON) -m venv --clear $(DOCS_VENV) || { rm -rf $(DOCS_VENV); exit 1; }
 	@$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --no-input --quiet -r requirements/docs.txt
+	@touch $@
+
+$(AUDIT_READY): requirements/audit.txt
+	$(CHECK_PYTHON)
+	@$(PYTHON) -m venv --clear $(AUDIT_VENV)
+	@$(AUDIT_VENV)/bin/$(INSTALL) -r requirements/audit.txt
+	@touch $@
+
+.venv-min/.ready .venv-max/.ready: .venv-%/.ready: requirements/%.txt requirements/dev.txt requirements/ui.txt setup.py
+	$(CHECK_PYTHON)
+	@echo "making .venv-$* with requirements/$*.txt over requirements/dev.txt"
+	@$(PYTHON) -m venv --clear .venv-$*
+	@.venv-$*/bin/$(INSTALL) -r requirements/dev.txt
+	@.venv-$*/bin/$(INSTALL) --upgrade -r requirements/$*.txt
+	@.venv-$*/bin/$(INSTALL) --no-deps -r requirements/ui.txt
+	@PYTHONWARNINGS=ignore .venv-$*/bin/$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # pip is quiet but for errors. The package itself is only linked, so it is installed again when setup.py changes.

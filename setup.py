@@ -12,7 +12,8 @@ FOLDERS = ("configuration", "modeling_geode", "trainers", "data", "evaluation", 
 PACKAGE_DIR = {"geode": "geode", **{f"geode.{folder}": folder for folder in FOLDERS}}
 
 VIDEO = ["av"]
-TRAIN = ["trl>=1.16,<2", "peft", "datasets", "evaluate"]
+# The lowest versions are those that `make test-min` installs: requirements/min.txt.
+TRAIN = ["trl>=1.16,<2", "peft>=0.21", "datasets>=5.1", "evaluate"]
 WORLD = ["embreex", "av", "pyarrow"]
 GEOMETRY = ["scipy"]  # normals of large point clouds
 UI = ["gradio>=6.31,<7"]  # older ones refuse huggingface_hub 2, or were not tried
@@ -87,10 +88,10 @@ setup(
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.23,<6",
+        "transformers>=5.23,<5.24",  # 5.24 renames the cache in outputs, arguments and `generate`
         "huggingface_hub>=2",
-        "safetensors",
-        "accelerate",
+        "safetensors>=0.8",
+        "accelerate>=1.10.1",
         "numpy",
         "pillow",
         "tqdm",

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import geode
 from geode.modeling_geode.export_geode import MODEL_AUTO_MAPS, PROCESSOR_AUTO_MAP, collect_modules, shipped_modules
@@ -65,9 +68,13 @@ TOOL_FILES = (
     "pyproject.toml",
     "mkdocs.yml",
     ".ci/run",
+    "requirements/audit.txt",
     "requirements/dev.txt",
     "requirements/docs.txt",
+    "requirements/max.txt",
+    "requirements/min.txt",
     "requirements/ui.txt",
+    "scripts/audit.py",
     "scripts/system_packages.sh",
 )
 PACKAGE_SOURCES = list_sources(*LEVELS)
@@ -139,9 +146,33 @@ def read_pins(name: str) -> list[str]:
 
 def test_requirements_pin_exactly_and_torch_first():
     assert read_pins("dev.txt")[0] == "torch==2.13.0"
-    pins = [*read_pins("dev.txt"), *read_pins("docs.txt"), *read_pins("ui.txt")]
+    pins = [pin for name in ("dev", "docs", "ui", "audit", "min") for pin in read_pins(f"{name}.txt")]
     pins = [pin.partition(";")[0] for pin in pins]
     assert [pin for pin in pins if not re.fullmatch(r"[\w-]+==[\w.]+", pin)] == []
+
+
+def requirements_of_setup() -> dict[str, SpecifierSet]:
+    """What setup.py says of each package's versions."""
+    strings = [node.value for node in ast.walk(ast.parse((ROOT / "setup.py").read_text("utf-8"))) if is_text(node)]
+    found = [Requirement(text) for text in strings if re.fullmatch(r"[\w-]+(?:[<>=]=?[\d.]+,?)+", text)]
+    return {requirement.name: requirement.specifier for requirement in found}
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_lowest_and_newest_versions_that_are_tried_are_those_of_setup():
+    bounds = requirements_of_setup()
+    lowest = {name: Version(spec.version) for name, specs in bounds.items() for spec in specs if spec.operator == ">="}
+    # torch stays where it is, and the page is not part of either environment's question.
+    tried = {name: version for name, version in lowest.items() if name not in ("torch", "gradio")}
+    pins = [Requirement(pin) for pin in read_pins("min.txt")]
+    assert {pin.name: Version(next(iter(pin.specifier)).version) for pin in pins} == tried
+    for newest in map(Requirement, read_pins("max.txt")):
+        highest = {spec.version for spec in bounds[newest.name] if spec.operator == "<"}
+        assert {spec.version for spec in newest.specifier} == highest
+    assert {newest.name for newest in map(Requirement, read_pins("max.txt"))} == tried.keys()
 
 
 def test_tools_of_both_environments_are_the_same():
