@@ -148,10 +148,18 @@ def push(
         with tempfile.TemporaryDirectory(prefix="geode-push-") as place:
             folder = Path(place) / repo_id.rpartition("/")[2]
             export_model(folder, model=source, facts=facts, results=results, repo_id=repo_id)
+            pin_snippet(folder / "README.md", options.get("tag"))
             pushed = push_folder(folder, repo_id, repo_type=repo_type, **options)
     print(f"pushed: {pushed.url}")
     if pushed.tag is not None:
         print(f"tagged: {pushed.tag}")
+
+
+def pin_snippet(card: Path, tag: str | None) -> None:
+    """Let the snippet of a new card load the tag that its commit will have; a commit cannot name itself."""
+    if tag is not None:
+        text = card.read_text(encoding="utf-8")
+        card.write_text(text.replace('revision = "main"', f'revision = "{tag}"', 1), encoding="utf-8", newline="\n")
 
 
 def print_report(source: str | os.PathLike, *, revision: str | None = None) -> int:
@@ -244,4 +252,4 @@ def _write_space(folder: Path) -> None:
     (folder / "LICENSE").write_text(apache_text(), encoding="utf-8")
 
 
-__all__ = ["complete", "copy_results", "print_report", "push", "save_model", "write_card"]
+__all__ = ["complete", "copy_results", "pin_snippet", "print_report", "push", "save_model", "write_card"]

@@ -2,11 +2,13 @@
 """What is shipped runs no code out of files or text: the security rules of ruff (those of bandit), which need no exception but three."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,3 +118,47 @@ def test_arrays_and_checkpoints_are_loaded_without_pickles():
 )
 def test_loads_that_may_unpickle_are_found(code, is_safe):
     assert find_unsafe_loads(f"x = 1\ny = {code}") == ([] if is_safe else [2])
+
+
+# ---- code of a checkpoint ----
+
+CALL = re.compile(r"[\w.]*from_pretrained\(((?:[^()]|\([^()]*\))*)\)")
+
+
+def unpinned_calls(text: str) -> list[str]:
+    """Calls that run a repository's code without saying of which commit."""
+    calls = [match[1] for match in CALL.finditer(text)]
+    return [call for call in calls if "trust_remote_code=True" in call and "revision=" not in call]
+
+
+def test_every_snippet_that_runs_a_repositorys_code_names_its_revision():
+    folders = (*SOURCES[:-1], "docs", "examples")
+    texts = [
+        path for folder in folders for kind in ("md", "py", "yaml") for path in (ROOT / folder).rglob(f"*.{kind}")
+    ]
+    texts += list(ROOT.glob("*.md"))
+    assert len(texts) > 200
+    found = {path.relative_to(ROOT).as_posix(): unpinned_calls(path.read_text("utf-8")) for path in texts}
+    # This one loads a folder, in the process that `geode check` starts for it.
+    assert found.pop("hub_cards/stranger.py") == ["folder, trust_remote_code=True"]
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+def test_calls_without_a_revision_are_found():
+    assert unpinned_calls('x = AutoModel.from_pretrained(f("a/b"), trust_remote_code=True)') != []
+    assert unpinned_calls('AutoModel.from_pretrained("a/b", revision="1f", trust_remote_code=True).eval()') == []
+    assert unpinned_calls('AutoModel.from_pretrained("a/b")') == []
+
+
+def test_recipes_run_no_remote_code():
+    paths = list((ROOT / "configuration").rglob("*.yaml"))
+    assert len(paths) > 10
+    for path in paths:
+        keys = {key for mapping in walk(yaml.safe_load(path.read_text("utf-8"))) for key in mapping}
+        assert not keys & {"trust_remote_code", "dataset_trust_remote_code"}, path
+
+
+def walk(value) -> list[dict]:
+    """Every mapping in a document."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [*([value] if isinstance(value, dict) else []), *(found for entry in inner for found in walk(entry))]

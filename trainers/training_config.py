@@ -148,6 +148,11 @@ class GeodeTrainingConfig(_BaseConfig):
         self.use_cpu = self.use_cpu or (self.dry_run and not torch.accelerator.is_available())
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` must not be given, since it would be written into `training_args.bin`. Set HF_TOKEN, or log in with "
+                "`hf auth login`."
+            )
         for name in ("media_root", "feature_store", "model_overrides"):
             setattr(self, name, _parsed(name, getattr(self, name)))
         if self.overlong not in OVERLONG:

@@ -333,6 +333,7 @@ def test_a_model_that_is_not_exported_is_exported_and_names_its_repository(hub, 
     assert out.splitlines()[1].startswith("pushed: ")
     files = files_of(hub, "org/tiny")
     assert b'name = "org/tiny"' in files["README.md"]
+    assert b'revision = "v1"  # of a repository' in files["README.md"]
     assert {"LICENSE", "geode_export.json", "modeling_geode.py", "processing_geode.py"} <= set(files)
     assert "no problems" in client.succeed("check", "org/tiny", "--revision", "v1")
     shutil.copytree(geode.tiny_checkpoint(), tmp_path / "mine")

@@ -17,6 +17,7 @@ from tests.trainers.common_collator import make_media, make_model, make_processo
 
 
 ROOT = Path(__file__).resolve().parents[2]
+TOKEN = f"hf_{'a1B2' * 9}"
 SMALL = ["--use_cpu", "--bf16", "false", "--activation_checkpointing", "false", "--disable_tqdm", "true"]
 
 
@@ -45,7 +46,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_all_stages_run_one_after_another_from_the_command_line(world, tmp_path):
+def test_all_stages_run_one_after_another_from_the_command_line(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
     def train(stage, *options):
         arguments = ["train", stage, "--config", str(world / "recipe.yaml"), *SMALL]
         assert main([*arguments, "--output_dir", str(tmp_path / stage), *options]) == 0
@@ -61,6 +64,10 @@ def test_all_stages_run_one_after_another_from_the_command_line(world, tmp_path)
         str(tmp_path / "stage1"),
         *evaluated,
     )
+    assert TOKEN not in "".join(capfd.readouterr())
+    written = [path for folder in (tmp_path, world) for path in folder.rglob("*") if path.is_file()]
+    assert "training_args.bin" in {path.name for path in written}
+    assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
     assert sorted(path.name for path in (tmp_path / "stage1").glob("*.safetensors")) == ["drm.safetensors"]
     card = (tmp_path / "stage2" / "README.md").read_text("utf-8")
     assert "`eval_mra/<REG>`" in card
