@@ -3,7 +3,10 @@
 The page of the Space, and `geode demo --ui`: a room from above and in space, and a chat about it. It needs gradio.
 
 What a visitor uploads belongs to that visitor: files are deleted once the room is encoded, pictures go to the page as data and never
-as files, and room and conversation are kept in the state of the session.
+as files, and room and conversation are kept in the state of the session. `guard.py` says what the server answers at all.
+
+Load: one job has the model at a time, the others wait in the order in which they came. The queue, the jobs of one visitor, the uploads that
+wait, the sessions that are kept and what each of them holds are bounded, by the constants below and those of `guard.py` and `room.py`.
 """
 
 import contextlib
@@ -17,8 +20,11 @@ from typing import NamedTuple
 
 import gradio as gr
 from gradio.components.plot import PlotData
+from gradio_client.utils import is_http_url_like
+from starlette.middleware import Middleware
 
 from geode import embedded_scene
+from geode.hub_cards.space.guard import Guard, uploads_folder
 from geode.hub_cards.space.room import (
     Room,
     ask_room,
@@ -42,6 +48,7 @@ from geode.modeling_geode.answers_geode import Box3D
 MAX_WAITING = 20  # visitors in the queue; more are told to come back
 MAX_SESSIONS = 50  # rooms that are kept; those asked longest ago go first
 SESSION_S = 3600.0  # a room that nobody asks about for so long is dropped
+MAX_TURNS = 100  # questions of a conversation
 CLEANING_S = 600  # how often files that were uploaded and never encoded are looked for
 # Of each of these kinds the first question of the embedded room is an example.
 EXAMPLE_KINDS = ("object_localization", "object_abs_distance", "object_counting", "room_size_estimation")
@@ -87,6 +94,7 @@ def build_app(model, processor) -> gr.Blocks:
             "The app encodes a scene once, and with `drm_config.question_conditioned` the encoding depends on the question. Use "
             "another model, or `geode ask`."
         )
+    uploads_folder()  # before the components, which remember it
     with gr.Blocks(title="GEODE", analytics_enabled=False, delete_cache=(CLEANING_S, int(SESSION_S))) as app:
         gr.Markdown(INTRODUCTION)
         session = gr.State(Session(), time_to_live=SESSION_S)
@@ -134,7 +142,22 @@ def build_app(model, processor) -> gr.Blocks:
             api_name="ask",
             **asking,
         )
-    return app.queue(max_size=MAX_WAITING)
+    for block in app.blocks.values():
+        if isinstance(block, gr.components.Component):
+            _fetch_nothing(block)
+    return app.queue(max_size=MAX_WAITING, api_open=False)
+
+
+def _fetch_nothing(component: gr.components.Component) -> None:
+    """Gradio downloads what an address in the place of a file names, without a bound on its size. Here files are uploaded."""
+    move = component.async_move_resource_to_block_cache
+
+    async def checked(path):
+        if path is not None and is_http_url_like(str(path)):
+            raise gr.Error("An address is not fetched. Upload the file itself.", print_exception=False)
+        return await move(path)
+
+    component.async_move_resource_to_block_cache = checked
 
 
 def _input_components(*, has_reconstructor: bool) -> tuple[list[gr.components.Component], list[gr.Button]]:
@@ -182,7 +205,18 @@ def launch_app(app: gr.Blocks, *, port: int | None = None) -> str:
     Returns:
         `str`: The address.
     """
+    # A private name, checked on gradio 6.31: no public one tells how many jobs of a session wait or run.
+    waiting = app._queue.pending_event_ids_session
+    guard = Middleware(
+        Guard,
+        folder=uploads_folder(),
+        max_upload_bytes=MAX_UPLOAD_BYTES,
+        max_age_s=SESSION_S,
+        jobs_of=lambda visitor: len(waiting.get(visitor, ())),
+    )
     _, url, _ = app.launch(
+        app_kwargs={"middleware": [guard]},
+        allowed_paths=[],
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
@@ -261,8 +295,13 @@ def on_question(model, processor, session: Session, question: str) -> list:
         `list`: Values of the session, the chat, the emptied line for questions, and both drawings.
 
     Raises:
-        gr.Error: With the text of an error of [`ask_room`].
+        gr.Error: With the text of an error of [`ask_room`], or if the conversation is as long as one may be.
     """
+    if len(session.chat) >= 2 * MAX_TURNS:
+        raise gr.Error(
+            f"A conversation may have {MAX_TURNS} questions here. Clear it; the room stays encoded.",
+            print_exception=False,
+        )
     with shown_errors():
         reply = ask_room(model, processor, session.room, question)
     asked = {"role": "user", "content": plain(check_question(question))}

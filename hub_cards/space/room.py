@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's side of the Space: a room is encoded once, and asked many times."""
 
+import dataclasses
 import os
 import re
 import tempfile
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 
 from geode import embedded_scene
 from geode.hub_cards.space.uploads import WANTED, check_question, check_video, unpack_geometry
 from geode.modeling_geode.answers_geode import Answer, Box3D, Measurement, format_number
+from geode.modeling_geode.geometry_geode import evenly_spaced_indices
 from geode.modeling_geode.reconstruction_geode import reconstruct_with_vggt
 from geode.modeling_geode.scene_geode import SceneEncoding, SceneGeometry
 from geode.modeling_geode.shared_prefix_geode import can_share_prefix
@@ -20,7 +24,11 @@ from geode.modeling_geode.video_processing_geode import load_frame_sets
 
 
 MAX_NEW_TOKENS = 64
-NUM_FRAMES_KEPT = 4  # for showing
+# What a session keeps for showing; the model has seen all of it.
+NUM_FRAMES_KEPT = 4
+MAX_HEIGHT_KEPT = 240  # pixels of a frame
+MAX_POINTS_KEPT = 200_000
+MAX_CAMERAS_KEPT = 1_000
 
 
 class Room(NamedTuple):
@@ -29,8 +37,10 @@ class Room(NamedTuple):
 
     Args:
         name (`str`): Of the video.
-        frames (`list[np.ndarray]`): Some of its frames, uint8 of shape `(height, width, 3)`.
-        geometry ([`SceneGeometry`], *optional*): None where the model answers from the frames alone.
+        frames (`list[np.ndarray]`): Some of its frames, uint8 of shape `(height, width, 3)`, at most [`MAX_HEIGHT_KEPT`] high.
+        geometry ([`SceneGeometry`], *optional*): With at most [`MAX_POINTS_KEPT`] points and [`MAX_CAMERAS_KEPT`] cameras. None
+            where the model answers from the frames alone.
+        facts (`dict`, *optional*): [`SceneGeometry.summary`] of the whole geometry.
         encoding ([`SceneEncoding`]): With the prefix of its questions, where the language model can share one.
         seconds (`float`): From the files to the encoding.
     """
@@ -38,6 +48,7 @@ class Room(NamedTuple):
     name: str
     frames: list[np.ndarray]
     geometry: SceneGeometry | None
+    facts: dict | None
     encoding: SceneEncoding
     seconds: float
 
@@ -132,8 +143,29 @@ def _encode(model, processor, name: str, frames: list, geometry: SceneGeometry |
     if can_share_prefix(model.model.language_model.config):
         # Questions come one at a time here, and each would compute it anew.
         encoding = model.prefill_scene(processor, encoding, use_geometry=use_geometry)
-    kept = frames[:: max(1, len(frames) // NUM_FRAMES_KEPT)][:NUM_FRAMES_KEPT]
-    return Room(name, kept, geometry, encoding, time.perf_counter() - start)
+    kept = [small_frame(frame) for frame in frames[:: max(1, len(frames) // NUM_FRAMES_KEPT)][:NUM_FRAMES_KEPT]]
+    facts = None if geometry is None else geometry.summary()
+    shown = None if geometry is None else small_geometry(geometry)
+    return Room(name, kept, shown, facts, encoding, time.perf_counter() - start)
+
+
+def small_frame(frame: np.ndarray) -> np.ndarray:
+    """Return a frame that is at most [`MAX_HEIGHT_KEPT`] high."""
+    height, width = frame.shape[:2]
+    if height <= MAX_HEIGHT_KEPT:
+        return frame
+    size = (max(1, round(width * MAX_HEIGHT_KEPT / height)), MAX_HEIGHT_KEPT)
+    return np.array(Image.fromarray(frame).resize(size))
+
+
+def small_geometry(geometry: SceneGeometry) -> SceneGeometry:
+    """Return a scene with at most [`MAX_POINTS_KEPT`] points and [`MAX_CAMERAS_KEPT`] cameras, evenly spaced ones."""
+    points = torch.tensor(evenly_spaced_indices(geometry.num_points, MAX_POINTS_KEPT), dtype=torch.long)
+    cameras = torch.tensor(evenly_spaced_indices(geometry.num_cameras, MAX_CAMERAS_KEPT), dtype=torch.long)
+    fields = {name: getattr(geometry, name)[points] for name in ("points", "colors", "normals")}
+    fields |= {name: getattr(geometry, name)[cameras] for name in ("world_from_cam", "intrinsics")}
+    times = geometry.timestamps_s
+    return dataclasses.replace(geometry, **fields, timestamps_s=None if times is None else times[cameras])
 
 
 def ask_room(model, processor, room: Room | None, question: str) -> Reply:
@@ -198,7 +230,7 @@ def describe_room(room: Room, coverage: float | None) -> str:
     if room.geometry is None:
         lines.append("From the frames alone: there is no point cloud to draw, and lengths are guesses.")
     else:
-        facts = room.geometry.summary()
+        facts = room.facts
         extent = " x ".join(f"{side:.2f}" for side in facts["extent"])
         unit = "m" if room.geometry.is_metric else "units"
         lines.append(

@@ -33,8 +33,8 @@ def uploads_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(uploads_folder) -> Iterator[str]:
-    """The address at which a process of its own serves the page of `geode demo --ui`."""
+def served(uploads_folder) -> Iterator[tuple[str, int]]:
+    """Address and process of the page of `geode demo --ui`, which a process of its own serves."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -44,5 +44,17 @@ def page(uploads_folder) -> Iterator[str]:
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as server:
         line = server.stdout.readline()
         assert line.startswith("page: "), line
-        yield line.removeprefix("page: ").strip()
+        yield line.removeprefix("page: ").strip(), server.pid
         server.terminate()
+
+
+@pytest.fixture(scope="module")
+def page(served) -> str:
+    """The page's address."""
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def page_process(served) -> int:
+    """The id of the process that serves it."""
+    return served[1]
