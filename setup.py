@@ -17,7 +17,7 @@ TRAIN = ["trl>=1.16,<2", "peft>=0.21", "datasets>=5.1", "evaluate"]
 WORLD = ["embreex", "av", "pyarrow"]
 GEOMETRY = ["scipy"]  # normals of large point clouds
 UI = ["gradio>=6.31,<7"]  # older ones refuse huggingface_hub 2, or were not tried
-QUANTIZATION = ["torchao>=0.18", "bitsandbytes>=0.50.2"]
+QUANTIZATION = ["torchao>=0.18", "bitsandbytes>=0.50.2"]  # not for development: torchao writes to stderr when imported
 DEVELOPMENT = ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "build", "mypy", "selenium"]
 EXTRAS = {
     "video": VIDEO,
@@ -28,7 +28,7 @@ EXTRAS = {
     "ui": [*UI, *VIDEO],
     "quantization": QUANTIZATION,
     "cuda": ["mamba-ssm", "causal-conv1d", "flash-attn"],
-    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD, *GEOMETRY, *UI, *QUANTIZATION],
+    "dev": [*DEVELOPMENT, *VIDEO, *TRAIN, *WORLD, *GEOMETRY, *UI],
 }
 
 

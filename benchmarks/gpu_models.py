@@ -6,6 +6,7 @@ Sizes of the public models are those of their configurations on the Hub: InternV
 GEODE, Qwen2.5-VL-3B its own. They are built by transformers' classes.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -152,6 +153,11 @@ def build(config, setting: Setting) -> PreTrainedModel:
     torch.manual_seed(0)
     with setting.device:
         model = AutoModelForImageTextToText.from_config(config, dtype=setting.dtype)
+    # Loading in half precision keeps these in float32, making a model does not.
+    patterns = "|".join(model._keep_in_fp32_modules_strict)
+    for name, parameter in model.named_parameters():
+        if patterns and re.search(patterns, name):
+            parameter.data = parameter.data.float()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
@@ -176,7 +182,6 @@ def make_geode(setting: Setting, *, reconstructs: bool = True) -> Subject:
     processor = make_processor(setting.size)
     num_frames = NUM_FRAMES[setting.size]
     model = build(geode_config(setting, processor, reconstructs=reconstructs), setting)
-    model.drh.float()
     inputs = processor.prepare_scene(
         video=embedded_scene() / "room.mp4", geometry=room_cloud(NUM_POINTS[setting.size]), num_frames=num_frames
     )
