@@ -11,11 +11,10 @@ import hashlib
 import importlib.resources
 import json
 import logging
-import math
+import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-import yaml
 from datasets import Dataset, IterableDataset, interleave_datasets
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetGenerationError
@@ -26,7 +25,10 @@ from geode.data import schemas
 from geode.data.readers import READERS
 from geode.data.readers.common import RECORD_FEATURES
 from geode.data.readers.streams import list_files, read_records
+from geode.data.yaml_files import read_yaml
 from geode.modeling_geode import answers_geode
+from geode.modeling_geode.checked_files_geode import checked_path
+from geode.modeling_geode.shown_geode import shown
 
 
 logger = logging.getLogger(__name__)
@@ -92,10 +94,16 @@ class MixtureSource:
             raise ValueError(f"`options` of {self.reader} must be a mapping, got {self.options!r}.")
         for name, most in (("fraction", 1.0), ("weight", float("inf")), ("bare_fraction", 1.0)):
             value, may_be_zero = getattr(self, name), name == "bare_fraction"
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not is_number or not 0.0 <= value <= most or (value == 0.0 and not may_be_zero):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # Beyond the largest float, a whole number of YAML has no finite value.
+            if (
+                not is_number
+                or not abs(value) <= sys.float_info.max
+                or not 0.0 <= value <= most
+                or (value == 0.0 and not may_be_zero)
+            ):
                 start = "[" if may_be_zero else "("
-                raise ValueError(f"`{name}` of {self.reader} must lie in {start}0, {most:g}], got {value!r}.")
+                raise ValueError(f"`{name}` of {self.reader} must lie in {start}0, {most:g}], got {shown(value)}.")
 
     def root(self, data_root: str | Path) -> Path:
         """
@@ -189,6 +197,10 @@ class Mixture:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"`name` must be text, got {self.name!r}.")
+        if not isinstance(self.sources, list) or not all(isinstance(item, MixtureSource) for item in self.sources):
+            raise TypeError(
+                f"`sources` of the mixture {self.name!r} must be a list of `MixtureSource`, got {shown(self.sources)}."
+            )
         if not self.sources:
             raise ValueError(f"`sources` of the mixture {self.name!r} must name at least one dataset, got none.")
         if self.suspect_labels not in SUSPECT_LABELS:
@@ -212,10 +224,7 @@ class Mixture:
             ValueError: If the file is not a mixture.
         """
         path = mixture_path(path)
-        try:
-            content = yaml.safe_load(path.read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"The mixture {path} is not a YAML file: {' '.join(str(error).split())}.") from error
+        content = read_yaml(path, "The mixture")
         content = _known_fields(cls, content, f"The mixture {path}")
         sources = content.pop("sources", None)
         if not isinstance(sources, list):
@@ -251,6 +260,9 @@ class Mixture:
         Raises:
             ValueError: If `rank` is not below `world_size`.
         """
+        for name, value in (("rank", rank), ("world_size", world_size), ("epoch", epoch)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be a whole number, got {shown(value)}.")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must lie in [0, {world_size}), got {rank}.")
         settings = {"seed": self.seed, "suspect_labels": self.suspect_labels, "on_error": on_error}
@@ -332,6 +344,7 @@ def mixture_path(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: If there is none.
     """
+    checked_path("path", path)
     shipped = Path(str(importlib.resources.files("geode.configuration"))) / "recipes" / "mixtures"
     for candidate in (Path(path), shipped / f"{path}.yaml"):
         if candidate.is_file():
@@ -343,7 +356,7 @@ def mixture_path(path: str | Path) -> Path:
 def _known_fields(kind: type, content, what: str) -> dict:
     names = [entry.name for entry in fields(kind)]
     if not isinstance(content, dict):
-        raise ValueError(f"{what} must have the keys {names}, got {content!r:.100}.")
+        raise ValueError(f"{what} must have the keys {names}, got {shown(content)}.")
     unknown = sorted(str(key) for key in content if key not in names)
     if unknown:
         raise ValueError(f"{what} must have the keys {names}, got also {unknown}.")

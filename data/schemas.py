@@ -14,6 +14,7 @@ Convention:
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -21,6 +22,7 @@ from pathlib import PurePosixPath
 from string import Formatter
 
 from geode.modeling_geode.answers_geode import COUNT, asked_unit, convert_to_si
+from geode.modeling_geode.shown_geode import shown
 
 
 MEDIA_TYPES = ("video", "image")
@@ -141,16 +143,51 @@ class Record:
             [`Record`]: The record.
 
         Raises:
-            ValueError: If a field is unknown or a required one is missing.
+            TypeError: If `row` is no dict.
+            ValueError: If a field is unknown, a required one is missing, or one is not of its type.
         """
-        unknown, missing = sorted(row.keys() - set(_FIELDS)), sorted(REQUIRED_FIELDS - row.keys())
+        if not isinstance(row, dict):
+            raise TypeError(f"A record must be a dict of its fields, got {shown(row)}.")
+        unknown, missing = sorted(map(str, row.keys() - set(_FIELDS))), sorted(REQUIRED_FIELDS - row.keys())
         if unknown or missing:
             raise ValueError(f"A record must have the fields {sorted(_FIELDS)}: unknown {unknown}, missing {missing}.")
+        _check_types(row)
         return cls(**row)
 
 
 _FIELDS = tuple(entry.name for entry in fields(Record))
 REQUIRED_FIELDS = frozenset(("uid", "source", "media_type", "media", "prompt", "kind", "answer_text"))
+_OPTIONAL_TEXTS = ("question_type", "unit", "letter", "rationale", "final", "subset", "scene", "geometry")
+_OPTIONAL_NUMBERS = ("value", "value_si", "decimals", "turns", "num_frames")
+
+
+def _check_types(row: dict) -> None:
+    """Refuse what no reader gives."""
+    for names, may_be_none in ((REQUIRED_FIELDS, False), (_OPTIONAL_TEXTS, True)):
+        for name in names:
+            value = row.get(name)
+            if not isinstance(value, str) and not (may_be_none and value is None):
+                raise ValueError(f"`{name}` of a record must be text, got {shown(value)}.")
+    for name, allowed in (("kind", KINDS), ("media_type", MEDIA_TYPES)):
+        if row[name] not in allowed:
+            raise ValueError(f"`{name}` of a record must be one of {allowed}, got {shown(row[name])}.")
+    for name in _OPTIONAL_NUMBERS:
+        if row.get(name) is not None and not _is_finite(row[name]):
+            raise ValueError(f"`{name}` of a record must be a finite number, got {shown(row[name])}.")
+    box, conversation = row.get("box"), row.get("conversation")
+    if box is not None and not (isinstance(box, list) and len(box) == 7 and all(map(_is_finite, box))):
+        raise ValueError(f"`box` of a record must be seven finite numbers, got {shown(box)}.")
+    if conversation is not None and not (isinstance(conversation, list) and all(map(_is_pair, conversation))):
+        raise ValueError(f"`conversation` of a record must be pairs of texts, got {shown(conversation)}.")
+
+
+def _is_finite(value) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
+
+
+def _is_pair(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def strip_media_tokens(text: str) -> str:

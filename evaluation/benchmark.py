@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from geode.data.readers import READERS
 from geode.data.schemas import Record
@@ -102,7 +103,7 @@ def load_benchmark(
     if path.exists():
         file = path if path.is_file() else _file_of(path, split)
         kind = "parquet" if file.suffix == ".parquet" else "json"
-        rows = load_dataset(kind, data_files=str(file), split="train")
+        rows = _rows_of(kind, file)
         found = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         folder = file.parent.parent if file.parent.name == "benchmark" else file.parent
     elif _HUB_ID.fullmatch(str(name)) and not str(name).startswith("."):
@@ -147,6 +148,20 @@ def _file_of(folder: Path, split: str) -> Path:
             f"`{split}*.jsonl`; it has {[file.name for file in files]}. Name the file itself."
         )
     return files[0]
+
+
+def _rows_of(kind: str, file: Path) -> Dataset:
+    try:
+        rows = load_dataset(kind, data_files=str(file), split="train")
+    except (DatasetGenerationError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ValueError(
+            f"The benchmark {file} must be Parquet, or JSON Lines with an object for each question, and cannot be read: {reason}. "
+            "Fetch it again."
+        ) from error
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"The benchmark {file} must hold one table, got {type(rows).__name__}.")
+    return rows
 
 
 def _commit_of(rows: Dataset, revision: str | None) -> str:

@@ -11,6 +11,8 @@ from geode.modeling_geode.scene_files_geode import sealed, unsealed
 
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
+_LINE_FACTS = frozenset(("id", "question_type", "prediction", "ground_truth"))
+_RUN_FACTS = frozenset(("model", "model_revision", "benchmark", "control", "is_on_hub", "questions", "scenes"))
 
 
 def text_of(lines: Sequence[dict]) -> str:
@@ -37,7 +39,7 @@ def read_lines(path: Path) -> list[dict]:
         `list[dict]`: The lines, without their checksums.
 
     Raises:
-        ValueError: If a line but the last is broken, or one has another checksum than its content.
+        ValueError: If a line but the last is broken or no answer, or one has another checksum than its content.
     """
     text = path.read_bytes() if path.is_file() else b""
     lines = []
@@ -45,8 +47,10 @@ def read_lines(path: Path) -> list[dict]:
         remedy = "Remove it, and the same `geode eval` answers it again."
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Line {number} of {path} is no JSON: {error}. {remedy}") from error
+        if not isinstance(found, dict) or not _LINE_FACTS <= found.keys():
+            raise ValueError(f"Line {number} of {path} must be an answer of `geode eval`, got {line[:80]!r}. {remedy}")
         lines.append(unsealed(found, f"Line {number} of {path} is damaged. {remedy}"))
     return lines
 
@@ -67,7 +71,7 @@ def read_run(folder: Path) -> dict:
     path = folder / RUN
     try:
         return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged, so that nobody can say what the files beside it are of: {error}. Remove the folder, and run "
             "the same again."
@@ -86,7 +90,7 @@ def read_finished(folder: Path) -> tuple[dict, list[dict]]:
 
     Raises:
         FileNotFoundError: If the folder holds no finished run.
-        ValueError: If a file is damaged, or lines are missing or there twice.
+        ValueError: If a file is damaged or of something else, or lines are missing or there twice.
     """
     for name in (PREDICTIONS, RUN):
         if not (folder / name).is_file():
@@ -94,6 +98,10 @@ def read_finished(folder: Path) -> tuple[dict, list[dict]]:
                 f"{folder} must hold {name} of a finished run. Run `geode eval --out {folder}` first."
             )
     run, lines = read_run(folder), read_lines(folder / PREDICTIONS)
+    if not isinstance(run, dict) or not _RUN_FACTS <= run.keys():
+        raise ValueError(
+            f"{folder / RUN} must be that of a run of `geode eval`, got {run!r:.80}. Run it again, into another folder."
+        )
     repeated = [uid for uid, count in Counter(line["id"] for line in lines).items() if count > 1]
     if repeated or len(lines) != run["questions"]:
         what = f"has {repeated[0]!r} more than once" if repeated else "ends too early, or lines of it were removed"

@@ -33,9 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | ImportError) and not _is_wrong_setting(error):
+            raise
         print(f"geode: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _is_wrong_setting(error: Exception) -> bool:
+    """Whether a configuration refused its values, in the library's own kind of error, which is only there once it is loaded."""
+    errors = sys.modules.get("huggingface_hub.errors")
+    return errors is not None and isinstance(error, errors.StrictDataclassError)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from geode import tiny_checkpoint
 from geode.data.whole_files import is_free, whole_folder
 from geode.hub_cards.facts import FACTS, read_facts
 from geode.modeling_geode.answers_geode import Answer, format_number
+from geode.modeling_geode.checked_files_geode import check_tensors_file, read_json
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.publishing import save_model
@@ -230,16 +231,36 @@ def load_checkpoint(model: str | os.PathLike | None = None, revision: str | None
 
     Raises:
         FileNotFoundError: If `model` is a path and holds no checkpoint.
+        ValueError: If one of its files is damaged.
     """
     source = str(model if model is not None else tiny_checkpoint())
     is_path = source.startswith((".", "/", "~")) or Path(source).exists()
     if is_path and not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(f"`model` must be a checkpoint's folder, and {source!r} holds no config.json.")
+    if is_path:
+        check_files(Path(source))
     logging.disable_progress_bar()
     return Checkpoint(
         GeodeForConditionalGeneration.from_pretrained(source, revision=revision or "main"),
         GeodeProcessor.from_pretrained(source, revision=revision or "main"),
     )
+
+
+def check_files(folder: Path) -> None:
+    """
+    Raise unless the files of a checkpoint are whole: the libraries that read them say less of what is wrong.
+
+    Args:
+        folder (`Path`): The checkpoint.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    for path in sorted(folder.glob("*.json")):
+        if not isinstance(read_json(path), dict):
+            raise ValueError(f"{path} must hold a JSON object. Fetch the checkpoint again.")
+    for path in sorted(folder.glob("*.safetensors")):
+        check_tensors_file(path)
 
 
 def find_geometry(video: str | os.PathLike) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from geode.data.yaml_files import read_yaml
 from geode.hub_cards.terms import Part, check_license, read_part
 
 
@@ -79,10 +80,7 @@ def read_facts(path: str | os.PathLike, kind: str, *, parts: Sequence[Part] = ()
             f"`facts` must be a YAML file, and there is none at {str(path)!r}. docs/hub.md shows one."
         )
     common = yaml.safe_load((FACTS / "common.yaml").read_text(encoding="utf-8"))
-    try:
-        own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    own = read_yaml(path, "The facts")
     if not isinstance(own, dict):
         raise ValueError(f"{path} must hold a mapping of facts, got a {type(own).__name__}. docs/hub.md shows one.")
     return _checked({**common["all"], **common.get(kind, {})}, own, kind, path, parts)

@@ -15,6 +15,7 @@ from geode.data.feature_store import FeatureStore
 from geode.data.messages import messages_from_record
 from geode.data.schemas import Record
 from geode.modeling_geode.processing_geode import GeodeProcessor
+from geode.modeling_geode.shown_geode import shown
 from geode.trainers.packing import IGNORED_LABEL, TokenRow, pack_questions, pad_rows, scene_key
 from geode.trainers.scene_media import TOKEN_INPUTS, SceneLoader, SceneMedia, ScenePlace, collate_media
 
@@ -175,6 +176,8 @@ class GeodeDataCollator:
             ValueError: If there are no examples, a record lacks what its target needs, counts more frames than its video
                 has, or is longer than `max_length`.
         """
+        if not isinstance(examples, Sequence) or isinstance(examples, str | bytes):
+            raise TypeError(f"A batch must be a list of records, got {shown(examples)}.")
         if not len(examples):
             raise ValueError("A batch must hold at least one example, got none.")
         rows, media, questions = [], [], []

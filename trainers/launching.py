@@ -2,12 +2,15 @@
 """What the launchable scripts of the stages share."""
 
 import logging
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from geode.data.whole_files import writing
+from geode.data.yaml_files import read_yaml
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.dry_run import dry_run, find_config
@@ -35,9 +38,61 @@ class GeodeScriptArguments:
     processor_name_or_path: str | None = field(default=None, metadata={"help": "The processor, if not the model's."})
 
 
+class RecipeParser(TrlParser):
+    """trl's parser, which takes a recipe for what it says: this one looks at the file first."""
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, **options):
+        """
+        Parse arguments and the recipe behind `--config`; see [`~trl.TrlParser`].
+
+        Args:
+            args (`Iterable[str]`, *optional*): The arguments; None are those of the process.
+            **options: Of trl's parser.
+
+        Returns:
+            `tuple`: The dataclasses.
+
+        Raises:
+            FileNotFoundError: If there is no such recipe.
+            ValueError: If it is not YAML, is no mapping, or an option does not exist or has the wrong type.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        if "--config" in args:
+            check_recipe(args[args.index("--config") + 1 : args.index("--config") + 2])
+        try:
+            return super().parse_args_and_config(args, **options)
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            # What the classes of options, ours and the library's, do with values of other types than their fields'.
+            raise ValueError(
+                f"Every option must have the type that `--help` says, got another ({type(error).__name__}: {error})."
+            ) from error
+
+
+def check_recipe(paths: Sequence[str]) -> None:
+    """
+    Raise unless a recipe is a YAML file of options.
+
+    Args:
+        paths (`Sequence[str]`): What follows `--config`: one path.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML, or no mapping.
+    """
+    if not paths or not Path(paths[0]).is_file():
+        raise FileNotFoundError(
+            f"`--config` must name a recipe, a YAML file, and there is none at {''.join(paths)!r:.200}."
+        )
+    content = read_yaml(paths[0], "The recipe")
+    if not isinstance(content, dict) or not all(isinstance(name, str) and name != "help" for name in content):
+        raise ValueError(
+            f"The recipe {paths[0]} must be a mapping of options, `name: value` in each line, got {content!r:.80}."
+        )
+
+
 def build_parser(config_class: type[GeodeTrainingConfig], prog: str | None = None) -> TrlParser:
     """Return the parser of a stage's script."""
-    return TrlParser((GeodeScriptArguments, config_class, ModelConfig), prog=prog)
+    return RecipeParser((GeodeScriptArguments, config_class, ModelConfig), prog=prog)
 
 
 def print_dry_run(trainer_class, script_args, training_args, model_args) -> None:

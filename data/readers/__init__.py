@@ -34,13 +34,13 @@ class _Readers(Mapping):
     """Readers by name, imported on first use. Their keys are modules' names; a dataset's own name finds it as well."""
 
     def __getitem__(self, name: str) -> ModuleType:
-        key = _KEYS.get(name, name)
+        key = _KEYS.get(name, name) if isinstance(name, str) else None
         if key not in _MODULES:
             raise KeyError(f"There is no reader {name!r}. There are {', '.join(self)}.")
         return import_module(f"geode.data.readers.{key}")
 
     def __contains__(self, name) -> bool:
-        return name in _MODULES or name in _KEYS
+        return isinstance(name, str) and (name in _MODULES or name in _KEYS)
 
     def __iter__(self) -> Iterator[str]:
         return iter(_MODULES)
@@ -50,6 +50,25 @@ class _Readers(Mapping):
 
 
 READERS: Mapping[str, ModuleType] = _Readers()
+
+
+def reader_of(name: str) -> ModuleType:
+    """
+    Return a reader.
+
+    Args:
+        name (`str`): A key of `READERS`, or the dataset's name.
+
+    Returns:
+        `ModuleType`: The reader's module.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    try:
+        return READERS[name]
+    except KeyError as error:
+        raise ValueError(f"`name` must be that of a reader, got {name!r:.80}. {error.args[0]}") from error
 
 
 def record_from_row(name: str, row: dict, *, file: str = "", index: int = 0, **options):
@@ -67,9 +86,9 @@ def record_from_row(name: str, row: dict, *, file: str = "", index: int = 0, **o
         [`~geode.data.schemas.Record`], *optional*: The record, None for a row that is left out on purpose.
 
     Raises:
-        ValueError: If the row is malformed.
+        ValueError: If the row is malformed, or there is no such reader.
     """
-    return READERS[name].record_from_row(row, file=file, index=index, **options)
+    return reader_of(name).record_from_row(row, file=file, index=index, **options)
 
 
 def __getattr__(name: str):
@@ -80,4 +99,4 @@ def __getattr__(name: str):
     return read_records
 
 
-__all__ = ["READERS", "read_records", "record_from_row"]
+__all__ = ["READERS", "read_records", "reader_of", "record_from_row"]

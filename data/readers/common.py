@@ -54,8 +54,8 @@ def names_its_row(read):
     @functools.wraps(read)
     def record_from_row(row: dict, *, file: str, index: int, **options) -> Record | None:
         try:
-            if not isinstance(row, dict):
-                raise ValueError(f"A row must be an object, got {row!r:.200}.")
+            if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
+                raise ValueError(f"A row must be an object with names for its fields, got {row!r:.200}.")
             record = read(row, file=file, index=index, **options)
             if record is not None:
                 _check_fields(record)

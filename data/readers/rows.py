@@ -26,7 +26,7 @@ def iter_rows(path: Path) -> Iterator[bytes | dict]:
         `bytes` or `dict`: A line of JSON Lines as it stands, since it is cheaper to skip than to parse; otherwise a row.
 
     Raises:
-        ValueError: If the file is of another kind, or not what its name says.
+        ValueError: If the file is of another kind, or not what its name says, or a row has more than 16 MiB.
     """
     if path.suffix == ".jsonl":
         return (line for _, line in iter_lines(path))
@@ -60,6 +60,8 @@ def parse_line(line: bytes) -> dict:
         row = json.loads(line)
     except RecursionError as error:
         raise ValueError(f"A line must not be nested as deep as one that begins with {line[:100]!r}.") from error
+    except ValueError as error:  # no JSON, no Unicode, or a number of thousands of digits
+        raise ValueError(f"A line must be a JSON object, got {line[:100]!r} ({str(error)[:200]}).") from error
     if not isinstance(row, dict):
         raise ValueError(f"A line must be a JSON object, got {line[:100]!r}.")
     return row
@@ -101,7 +103,10 @@ class _Text:
 
     def grow(self) -> bool:
         """Drop what is behind and read on; False at the end."""
-        more = self.file.read(max(CHUNK_CHARS, len(self.window) - self.at))
+        try:
+            more = self.file.read(max(CHUNK_CHARS, len(self.window) - self.at))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.file.name} must be JSON in UTF-8: {error}. Save it in UTF-8.") from error
         self.window, self.at = self.window[self.at :] + more, 0
         return bool(more)
 
@@ -121,8 +126,15 @@ def _list_rows(path: Path) -> Iterator[dict]:
         text = _Text(file)
         first = text.next_char()
         if first == "{":
+            while len(text.window) <= MAX_ROW_CHARS and text.grow():
+                pass
+            if len(text.window) > MAX_ROW_CHARS:
+                raise ValueError(
+                    f"{path} must be one JSON object of at most {MAX_ROW_CHARS} characters, and is longer. Write a list of objects, "
+                    "or one a line in a .jsonl file."
+                )
             try:
-                yield json.loads(text.window[text.at :] + file.read())
+                yield json.loads(text.window[text.at :])
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} must be one JSON object: {error}.") from error
             return
@@ -152,18 +164,26 @@ def _decoded(text: _Text, decode, where: str) -> dict:
             return row
         except json.JSONDecodeError as error:
             # The row may go on behind the window.
-            if len(text.window) - text.at > MAX_ROW_CHARS or not text.grow():
-                raise ValueError(f"{where} is not JSON: {error}.") from error
+            if len(text.window) - text.at > MAX_ROW_CHARS:
+                raise ValueError(f"{where} is not JSON of at most {MAX_ROW_CHARS} characters: {error}.") from error
+            if not text.grow():
+                raise ValueError(f"{where} is not JSON: {error}. A row must be an object.") from error
         except (ValueError, RecursionError) as error:  # a number of too many digits, or lists in lists in lists
             raise ValueError(f"{where} cannot be decoded: {error}.") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} must be a Parquet file, and cannot be read: {str(error)[:200]}. Fetch it again."
+        ) from error
 
 
 __all__ = ["iter_lines", "iter_rows", "parse_line"]

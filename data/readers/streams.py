@@ -7,10 +7,11 @@ from pathlib import Path
 from datasets import IterableDataset
 from transformers.utils import logging
 
-from geode.data.readers import READERS
+from geode.data.readers import READERS, reader_of
 from geode.data.readers.common import RECORD_FEATURES
 from geode.data.readers.rows import iter_rows, parse_line
 from geode.data.schemas import Record
+from geode.modeling_geode.checked_files_geode import checked_path
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,7 @@ def read_records(
     """
     if not callable(on_error) and on_error not in ON_ERROR:
         raise ValueError(f"`on_error` must be one of {ON_ERROR} or a function, got {on_error!r}.")
-    root = Path(root)
+    root = checked_path("root", root)
     files = list_files(name, root, data_files)
     rows = IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "root": str(root), "name": name})
     return rows.map(
@@ -89,9 +90,14 @@ def list_files(name: str, root: str | Path, data_files: Sequence[str] | None = N
 
     Raises:
         FileNotFoundError: If no file fits.
+        ValueError: If a pattern is none, or there is no such reader.
     """
-    root, reader = Path(root), READERS[name]
-    patterns = [data_files] if isinstance(data_files, str) else list(data_files or reader.DATA_FILES)
+    root, reader = checked_path("root", root), reader_of(name)
+    patterns = [data_files] if isinstance(data_files, str) else data_files or reader.DATA_FILES
+    for pattern in patterns if isinstance(patterns, list | tuple) else [patterns]:
+        if not isinstance(pattern, str) or not pattern.strip("./") or Path(pattern).is_absolute():
+            raise ValueError(f"`data_files` must be patterns of files below `root`, got {data_files!r:.200}.")
+    patterns = list(patterns)
     found = {
         path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern) if path.is_file()
     }

@@ -10,7 +10,6 @@ wrongly. Their rows are `label_suspect`, which keeps them from the regression lo
 correction brings lies beside them: then those rows are left out and the rest is trusted.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from geode.data.readers.common import (
     stem_of,
 )
 from geode.data.schemas import Record, conversation_fields
+from geode.modeling_geode.checked_files_geode import read_json
 
 
 NAME = "VLM-3R-DATA"
@@ -79,7 +79,7 @@ def row_options(root: Path) -> dict:
     path = root / ERRATUM_FILE
     if not path.is_file():
         return {"dropped_ids": None}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     lists = list(content.values()) if isinstance(content, dict) else [content]
     if not all(isinstance(entries, list) for entries in lists):
         raise ValueError(

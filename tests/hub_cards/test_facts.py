@@ -101,7 +101,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"list\.yaml must hold a mapping of facts, got a list"):
         read_facts(tmp_path / "list.yaml", "model")
     (tmp_path / "broken.yaml").write_text("a: [\n")
-    with pytest.raises(ValueError, match=r"broken\.yaml cannot be read as YAML"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not a YAML file"):
         read_facts(tmp_path / "broken.yaml", "model")
     with pytest.raises(ValueError, match=r"`kind` must be one of .* got 'poem'"):
         read_facts(tmp_path / "list.yaml", "poem")
