@@ -48,9 +48,15 @@ def _check_positive(owner: PreTrainedConfig, *names: str) -> None:
             raise ValueError(f"`{type(owner).__name__}.{name}` must be positive, got {value}.")
 
 
+def _check_not_negative(owner: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ValueError(f"`{type(owner).__name__}.{name}` must not be negative, got {getattr(owner, name)}.")
+
+
 def _check_divisible(owner: PreTrainedConfig, name: str, by: str) -> None:
     value, divisor = getattr(owner, name), getattr(owner, by)
-    if value % divisor:
+    if divisor < 1 or value % divisor:
         raise ValueError(f"`{type(owner).__name__}.{name}` must be divisible by `{by}`, got {value} and {divisor}.")
 
 
@@ -123,7 +129,12 @@ class SonataConfig(_CheckedConfig):
         return len(self.enc_depths)
 
     def validate_stages(self):
-        """Every per-stage list has one entry per stage."""
+        """Every per-stage list has one entry per stage, of whole numbers above 0."""
+        for name in ("enc_depths", "enc_channels", "enc_num_head", "enc_patch_size", "stride"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ValueError(
+                    f"`SonataConfig.{name}` must hold numbers of at least 1, got {list(getattr(self, name))}."
+                )
         for name, offset in (("enc_channels", 0), ("enc_num_head", 0), ("enc_patch_size", 0), ("stride", 1)):
             values, expected = getattr(self, name), self.num_stages - offset
             if len(values) != expected:
@@ -131,7 +142,7 @@ class SonataConfig(_CheckedConfig):
                     f"`SonataConfig.{name}` needs {expected} entries for {self.num_stages} stages, got {list(values)}."
                 )
         for channels, heads in zip(self.enc_channels, self.enc_num_head, strict=True):
-            if channels % heads:
+            if heads < 1 or channels % heads:
                 raise ValueError(f"`enc_channels` {channels} must be divisible by `enc_num_head` {heads}.")
 
     def validate_options(self):
@@ -194,6 +205,7 @@ class VggtConfig(_CheckedConfig):
 
     def validate_architecture(self):
         """Widths divide into heads and rotary quarters, and the tapped layers exist."""
+        _check_positive(self, "hidden_size", "patch_size", "image_size", "num_hidden_layers")
         _check_divisible(self, "hidden_size", "num_attention_heads")
         _check_divisible(self, "hidden_size", "trunk_num_attention_heads")
         _check_divisible(self, "image_size", "patch_size")
@@ -301,6 +313,8 @@ class GeodeDrmConfig(_CheckedConfig):
             "max_context_tokens",
             "num_position_frequencies",
             "max_position_m",
+            "hidden_size",
+            "mlp_ratio",
         )
 
 
@@ -493,6 +507,8 @@ class GeodeConfig(_CheckedConfig):
     def validate_visual_path(self):
         """The pixel shuffle divides the patch grid."""
         _check_choice(self, "vision_feature_select_strategy", ("default", "full"))
+        if not 0.0 < self.downsample_ratio <= 1.0:
+            raise ValueError(f"`downsample_ratio` must lie in (0, 1], got {self.downsample_ratio}.")
         factor = round(1 / self.downsample_ratio)
         if any(side % factor for side in self.patch_grid):
             raise ValueError(
@@ -511,6 +527,7 @@ class GeodeConfig(_CheckedConfig):
 
     def validate_control_tokens(self):
         """Each control token says completely what it regresses."""
+        _check_not_negative(self, "image_token_id", "rationale_token_id")
         ids = [self.image_token_id, self.rationale_token_id]
         for token, entry in self.control_tokens.items():
             _check_control_token(token, entry)
@@ -538,6 +555,8 @@ def _check_control_token(token: str, entry: dict) -> None:
         )
     if (kind == "scalar" and dim != 1) or (kind == "box3d" and dim != 7):
         raise ValueError(f"`control_tokens[{token!r}]` of kind {kind!r} cannot have `dim` {dim}.")
+    if not isinstance(codec, dict):
+        raise ValueError(f"`control_tokens[{token!r}]['codec']` must be a dict, got {codec!r:.80}.")
     allowed = {"mean", "std"} if kind == "box3d" else {"mean", "std", "transform"}
     if codec.keys() != allowed:
         raise ValueError(
@@ -549,10 +568,18 @@ def _check_control_token(token: str, entry: dict) -> None:
             f"got {codec['transform']!r}."
         )
     size = 6 if kind == "box3d" else dim
-    if len(codec["mean"]) != size or len(codec["std"]) != size or not all(std > 0 for std in codec["std"]):
+    are_lists = all(_are_numbers(codec[name], size) for name in ("mean", "std"))
+    if not are_lists or not all(std > 0 for std in codec["std"]):
         raise ValueError(
             f"`control_tokens[{token!r}]['codec']` needs {size} means and {size} positive stds, got {codec}."
         )
+
+
+def _are_numbers(values, size: int) -> bool:
+    """Whether these are `size` finite numbers."""
+    if not isinstance(values, list | tuple) or len(values) != size:
+        return False
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 __all__ = ["GeodeConfig", "GeodeDrhConfig", "GeodeDrmConfig", "SonataConfig", "VggtConfig"]

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from geode.modeling_geode.checked_files_geode import parse_json
 from geode.modeling_geode.collation_geode import collate_scenes
 from geode.modeling_geode.geometry_geode import transform_boxes
 from geode.modeling_geode.scene_encoding_geode import digest_of
-from geode.modeling_geode.scene_files_geode import check_tensors, parse_json, unsealed
+from geode.modeling_geode.scene_files_geode import check_tensors, unsealed
 from geode.modeling_geode.scene_geode import SceneGeometry
 from geode.modeling_geode.scene_store_geode import PIXEL_SETTINGS
 
@@ -347,7 +348,7 @@ class FeatureStore:
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(f"The folder {self.folder} has no {name}, so it {otherwise}.")
-        found = parse_json(path.read_bytes(), f"{path} is damaged. {_REMEDY}")
+        found = parse_json(path.read_bytes(), str(path))  # of a million scenes, so of any size
         if name == MANIFEST_FILE:  # before the checksum, as another version may have another one
             options = found.get("options") if isinstance(found, dict) else None
             version = options.get("format_version") if isinstance(options, dict) else None

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .shown_geode import shown
+
 
 METRES_PER_UNIT = {
     "m": 1.0,
@@ -213,13 +215,16 @@ def _si_factor(unit: str) -> float:
 
 
 def _checked_number(value: float) -> float:
-    value = float(value)
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"`value` must be a finite number, got {shown(value)}.") from error
+    if not math.isfinite(number):
         raise ValueError(
-            f"`value` must be a finite number, got {value}. A regression head that gives this is not trained, or was "
+            f"`value` must be a finite number, got {number}. A regression head that gives this is not trained, or was "
             "fed non-finite inputs."
         )
-    return value + 0.0
+    return number + 0.0
 
 
 @dataclass(frozen=True)
@@ -521,14 +526,21 @@ def interval_in(unit: str | None, value: float, low: float, high: float) -> tupl
 
 
 def _is_wide(token: str, numbers: Sequence[float], ends, limit: float) -> bool:
-    if not limit >= 0:
-        raise ValueError(f"`abstain_above` must not be negative, got {limit}. 0.25 keeps what is known to a quarter.")
+    check_limit(limit)
     if ends is None:
         raise ValueError(
             f"`abstain_above={limit}` needs an interval, and {token} has none. Use a model with "
             "`drh_config.uncertainty=True`, or leave the option out."
         )
     return any((high - low) / 2.0 > limit * abs(number) for number, (low, high) in zip(numbers, ends, strict=True))
+
+
+def check_limit(limit) -> None:
+    """Raise unless `abstain_above` is a share."""
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 0:
+        raise ValueError(
+            f"`abstain_above` must not be negative, got {limit!r}. 0.25 keeps what is known to a quarter."
+        )
 
 
 def _plain(value):
@@ -540,6 +552,7 @@ __all__ = [
     "Box3D",
     "Measurement",
     "asked_unit",
+    "check_limit",
     "convert_from_si",
     "convert_to_si",
     "format_number",

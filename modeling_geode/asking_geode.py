@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from .answers_geode import Answer
+from .answers_geode import Answer, check_limit
+from .batching_geode import check_count
 from .scene_encoding_geode import SceneEncoding, ScenePrefix, check_encoder_digest
 from .scene_store_geode import SceneStore
 from .shared_prefix_geode import SharedPrefixCache, can_share_prefix
+from .shown_geode import shown
 
 
 class GeodeAskingMixin:
@@ -69,12 +71,12 @@ class GeodeAskingMixin:
             ValueError: If the scene is of other encoders or its prefix of another language model, or `batch_size` is not
                 positive.
         """
-        if isinstance(questions, str):
-            raise TypeError(
-                f"`questions` must be a sequence of strings, got the string {questions!r:.80}. Put it in a list."
-            )
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        _check_questions(questions)
+        check_count("batch_size", batch_size)
+        if abstain_above is not None:
+            check_limit(abstain_above)
+        if not hasattr(processor, "post_process_answers"):
+            raise TypeError(f"`processor` must be the model's GeodeProcessor, got {type(processor).__name__}.")
         self._check_scene(scene)
         if not questions:
             return []
@@ -198,6 +200,23 @@ class GeodeAskingMixin:
                 "video=...))` makes one."
             )
         check_encoder_digest(scene.encoder_digest, self.model.encoder_digest())
+        width, own = scene.visual_tokens.shape[-1], self.config.text_config.hidden_size
+        if width != own:
+            raise ValueError(f"The tokens of `scene` must have the model's width {own}, got {width}. Encode it again.")
+
+
+def _check_questions(questions) -> None:
+    if isinstance(questions, str):
+        raise TypeError(
+            f"`questions` must be a sequence of strings, got the string {shown(questions)}. Put it in a list."
+        )
+    if not isinstance(questions, Sequence) or isinstance(questions, bytes):
+        raise TypeError(
+            f"`questions` must be a sequence of strings, got {shown(questions)} of type {type(questions).__name__}."
+        )
+    for question in questions:
+        if not isinstance(question, str):
+            raise TypeError(f"`questions` must hold strings, got {shown(question)} of type {type(question).__name__}.")
 
 
 def _behind(prefix: ScenePrefix, rows: dict[str, torch.Tensor]) -> dict:

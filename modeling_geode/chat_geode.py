@@ -14,7 +14,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from geode.configuration.configuration_geode import default_control_tokens
 
 from .answers_geode import convert_to_si
+from .batching_geode import check_unicode
+from .shown_geode import shown
 
+
+try:
+    from jinja2 import TemplateError
+except ImportError:
+    TemplateError = ValueError  # without jinja2, transformers says so when a template is rendered
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 IMAGE_START_TOKEN = "<img>"
@@ -62,6 +69,8 @@ PLACEHOLDER = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_PLACEHOLDER
 _SENTINEL = re.compile("\ue000([0-9]+)\ue001")
 # The library keeps compiled templates, and one that tracks where the assistant speaks is in use until it is rendered.
 _RENDERING = threading.Lock()
+# What a template may raise while it runs, beside its own kind: it adds, indexes and calls itself.
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -88,10 +97,19 @@ def with_token_ids(control_tokens: dict[str, dict] | None, tokenizer) -> dict[st
     """Check the ids of control tokens against the tokenizer; the defaults take the tokenizer's."""
     is_default = control_tokens is None
     entries = default_control_tokens() if is_default else control_tokens
+    if not isinstance(entries, Mapping) or not entries:
+        raise TypeError(
+            f"`control_tokens` must be a dict of tokens, got {shown(entries)}. Take those of the configuration."
+        )
     ids = special_token_ids(list(entries), tokenizer)
     if is_default:
         return {token: {**entry, "token_id": ids[token]} for token, entry in entries.items()}
     for token, entry in entries.items():
+        if not isinstance(entry, Mapping) or not {"token_id", "dim", "kind"} <= entry.keys():
+            raise ValueError(
+                f"`control_tokens[{token!r}]` must have `token_id`, `dim` and `kind`, got {shown(entry)}. Take those of the "
+                "configuration."
+            )
         if entry["token_id"] != ids[token]:
             raise ValueError(
                 f"`control_tokens[{token!r}]` has `token_id` {entry['token_id']}, and the tokenizer has "
@@ -109,7 +127,7 @@ def checked_chat(chat, control_tokens: Mapping[str, dict]) -> list[dict]:
         keys = {key for key, value in turn.items() if value is not None} if isinstance(turn, Mapping) else set()
         if keys != {"role", "content"}:
             raise ValueError(
-                f"A turn must have `role` and `content` and nothing else, got {sorted(keys)} in {turn!r}."
+                f"A turn must have `role` and `content` and nothing else, got {sorted(map(str, keys))} in {shown(turn)}."
             )
         role, content = turn["role"], turn["content"]
         if role not in ROLES:
@@ -126,13 +144,13 @@ def _checked_part(part, role: str, control_tokens: Mapping[str, dict]) -> dict:
     """Return a part without its None entries, which columns of unlike parts have in a dataset."""
     part = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     kind = part.get("type")
-    if kind not in _PART_KEYS:
-        raise ValueError(f"A part must have a `type` of {sorted(_PART_KEYS)}, got {kind!r}.")
-    unknown = sorted(part.keys() - _PART_KEYS[kind] - {"type"})
+    if not isinstance(kind, str) or kind not in _PART_KEYS:
+        raise ValueError(f"A part must have a `type` of {sorted(_PART_KEYS)}, got {shown(kind)}.")
+    unknown = sorted(map(str, part.keys() - _PART_KEYS[kind] - {"type"}))
     if unknown:
         raise ValueError(f"A part of type {kind!r} takes {sorted(_PART_KEYS[kind])}, got also {unknown}.")
-    if kind == "text" and not isinstance(part.get("text"), str):
-        raise ValueError(f"A part of type 'text' needs a string `text`, got {part.get('text')!r}.")
+    if kind == "text":
+        _check_text(part.get("text"))
     if kind in MEDIA_KEYS:
         given = [key for key in MEDIA_KEYS[kind] if key in part]
         if len(given) != 1:
@@ -145,19 +163,25 @@ def _checked_part(part, role: str, control_tokens: Mapping[str, dict]) -> dict:
     if kind == "value":
         if role != "assistant":
             raise ValueError(f"A part of type 'value' belongs into an assistant turn, got one in a turn of {role!r}.")
-        if part.get("token") not in control_tokens:
-            raise ValueError(f"`token` of a value must be one of {sorted(control_tokens)}, got {part.get('token')!r}.")
+        token = part.get("token")
+        if not isinstance(token, str) or token not in control_tokens:
+            raise ValueError(f"`token` of a value must be one of {sorted(control_tokens)}, got {shown(token)}.")
     return part
+
+
+def _check_text(text) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"A part of type 'text' needs a string `text`, got {shown(text)}.")
+    check_unicode("text", text)
 
 
 def si_values(part: Mapping[str, Any], entry: Mapping[str, Any]) -> list[float]:
     """Return the numbers of a value part in SI."""
     value, unit, dim = part.get("value"), part.get("unit"), entry["dim"]
-    numbers = (
-        list(value) if isinstance(value, list | tuple | np.ndarray | torch.Tensor) and np.ndim(value) else [value]
-    )
+    is_vector = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim > 0)
+    numbers = list(value) if is_vector else [value]
     if len(numbers) != dim or any(number is None for number in numbers):
-        raise ValueError(f"The `value` of {part['token']} must have {dim} numbers, got {value!r}.")
+        raise ValueError(f"The `value` of {part['token']} must have {dim} numbers, got {shown(value)}.")
     if entry["kind"] != "scalar" and unit not in (None, "m"):
         raise ValueError(f"The `value` of {part['token']} must be in SI, without a `unit` or with 'm', got {unit!r}.")
     return [convert_to_si(number, unit if entry["kind"] == "scalar" else None) for number in numbers]
@@ -189,10 +213,16 @@ def for_template(chat: list[dict], texts: list[str] | None = None) -> list[dict]
 def render_chat(template: str, chat: list[dict], settings: dict) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a chat, and where in it the assistant speaks."""
     tracks = bool(GENERATION_TAG.search(template)) and not settings["continue_final_message"]
-    with _RENDERING:
-        (rendered,), spans = render_jinja_template(
-            conversations=[chat], chat_template=template, return_assistant_tokens_mask=tracks, **settings
-        )
+    try:
+        with _RENDERING:
+            (rendered,), spans = render_jinja_template(
+                conversations=[chat], chat_template=template, return_assistant_tokens_mask=tracks, **settings
+            )
+    except _TEMPLATE_ERRORS as error:
+        raise ValueError(
+            f"The chat template {template[:80]!r} cannot render this conversation: {type(error).__name__}: {str(error)[:200]}. "
+            "Correct the template, or leave `chat_template` out."
+        ) from error
     return rendered, spans[0] if tracks else []
 
 

@@ -738,14 +738,16 @@ def voxel_representatives(
     scaled = (points - origin) / voxel_size
     cells = torch.floor(scaled)
     off_center = ((scaled - cells - 0.5) ** 2).sum(dim=1)
-    cells = cells.long()
+    # Before they become integers, which wrap around.
     cells = cells - cells.min(dim=0).values
+    width = float(cells.max()) + 1
     # 21 bits an axis fill 63 bits, the positive range of an int64 key.
-    if int(cells.max()) >= 2**21:
+    if not width <= 2**21:
         raise ValueError(
-            f"The cloud is {int(cells.max()) + 1} voxels of edge {voxel_size:.4g} wide; at most {2**21} fit. Drop "
-            "outliers or enlarge the voxels."
+            f"The cloud is {width:.10g} voxels of edge {voxel_size:.4g} wide; at most {2**21} fit. Drop outliers or "
+            "enlarge the voxels."
         )
+    cells = cells.long()
     keys = (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2]
     order = torch.argsort(off_center, stable=True)
     order = order[torch.argsort(keys[order], stable=True)]

@@ -20,6 +20,8 @@ from .media_inputs_geode import (
     check_counts,
     check_form,
     check_media,
+    check_pixels,
+    check_scene_inputs,
     clouds_to_pack,
     join_clouds,
     pack_tokens,
@@ -180,6 +182,7 @@ class GeodeMediaMixin:
 
     def _encode_frames(self, pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs):
         """Run the vision tower on `(num_frames, 3, H, W)`; return its output and patch features of the chosen layer."""
+        check_pixels(pixel_values, self.config.vision_config.image_size)
         outputs = self.vision_tower(pixel_values=pixel_values.to(self.dtype), return_dict=True, **kwargs)
         if vision_feature_layer == -1:
             patches = outputs.last_hidden_state
@@ -478,10 +481,8 @@ class GeodeMediaMixin:
                 geometry = reconstruct_with_vggt(
                     images, self._required_reconstructor(), max_points=self.config.max_points
                 )
+        check_scene_inputs(inputs)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        lead = tuple(inputs["pixel_values_videos" if "pixel_values_videos" in inputs else "video_features"].shape[:2])
-        if lead != (1, 1):
-            raise ValueError(f"`encode_scene` takes one scene, got {lead[0]} samples of {lead[1]} scenes.")
         names = ("geometry_frames", "geometry_frame_mask", "geometry_content_boxes")
         for_reconstructor = {name: inputs.pop(name) for name in names if name in inputs}
         if for_reconstructor:

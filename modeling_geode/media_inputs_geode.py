@@ -8,6 +8,7 @@ import torch
 from geode.configuration.configuration_geode import SonataConfig
 
 from .collation_geode import CLOUD_INPUTS, TOKEN_INPUTS
+from .rationale_geode import CAMERA_POSE_DIM
 from .serialization_geode import serialization_depth
 
 
@@ -110,6 +111,53 @@ def check_media(pixel_values_videos, video_features, vision_feature_layer, visio
         raise ValueError(
             "`video_features` are of the layer and strategy that made them, so `vision_feature_layer` and "
             f"`vision_feature_select_strategy` cannot be chosen, got {chosen}. Leave them out."
+        )
+
+
+_SCENE_INPUTS = frozenset(
+    (
+        *("pixel_values_videos", "video_features", "video_frame_mask", "scene_mask"),
+        *(*CLOUD_INPUTS, "point_mask", *TOKEN_INPUTS, "point_token_mask"),
+        *("camera_poses", "camera_mask", "log_scale", "scale_known"),
+        *("geometry_frames", "geometry_frame_mask", "geometry_content_boxes"),
+    )
+)
+
+
+def check_scene_inputs(inputs: dict) -> None:
+    """Raise unless these are tensors that the processor's `prepare_scene` returns, of one scene."""
+    unknown = sorted(inputs.keys() - _SCENE_INPUTS)
+    if unknown:
+        raise TypeError(
+            f"`encode_scene` takes {sorted(_SCENE_INPUTS)}, got also {unknown}. `prepare_scene` makes them."
+        )
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"`{name}` must be a tensor of `prepare_scene`, got {type(tensor).__name__}.")
+    frames = inputs.get("pixel_values_videos", inputs.get("video_features"))
+    if frames is None or frames.ndim < 3:
+        raise ValueError(
+            "A scene needs frames: `pixel_values_videos` of shape (1, 1, num_frames, 3, height, width), got "
+            f"{None if frames is None else tuple(frames.shape)}. `prepare_scene` makes them."
+        )
+    if tuple(frames.shape[:2]) != (1, 1):
+        raise ValueError(f"`encode_scene` takes one scene, got {frames.shape[0]} samples of {frames.shape[1]} scenes.")
+    voxels, poses = inputs.get("point_grid_coords"), inputs.get("camera_poses")
+    if voxels is not None and voxels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"`point_grid_coords` must hold whole numbers, torch.int64, got {voxels.dtype}.")
+    if poses is not None and (poses.ndim != 4 or poses.shape[-1] != CAMERA_POSE_DIM):
+        raise ValueError(
+            f"`camera_poses` must have shape (1, 1, num_cameras, {CAMERA_POSE_DIM}), got {tuple(poses.shape)}."
+        )
+
+
+def check_pixels(pixel_values: torch.Tensor, image_size) -> None:
+    """Raise unless images have the size of the vision tower."""
+    expected = (3, *image_size)
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        raise ValueError(
+            f"Images must have shape (num_images, {', '.join(map(str, expected))}) for this model, got "
+            f"{tuple(pixel_values.shape)}. `GeodeProcessor` resizes them."
         )
 
 

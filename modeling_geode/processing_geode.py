@@ -16,7 +16,17 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .answers_geode import Answer, asked_unit, split_at_tokens
-from .batching_geode import check_count, check_same_number, flatten, or_tensors, pad_rows, pad_scenes
+from .batching_geode import (
+    check_count,
+    check_geometry_options,
+    check_same_number,
+    check_sequences,
+    check_texts,
+    flatten,
+    or_tensors,
+    pad_rows,
+    pad_scenes,
+)
 from .chat_geode import (
     CHAT_TEMPLATE,
     GENERATION_TAG,
@@ -42,6 +52,7 @@ from .chat_geode import (
 from .hub_geode import CodeOnHubMixin
 from .scene_encoding_geode import scenes_to_model_inputs
 from .scene_geode import SceneGeometry, collate_scenes
+from .shown_geode import shown
 from .vggt_processing_geode import VggtImageProcessor
 from .video_processing_geode import GeodeImageProcessor, load_frame_sets, load_image, local_path
 
@@ -169,6 +180,7 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
         self.question_conditioned = question_conditioned
         for name in ("num_frames", "num_geometry_frames", "num_rationale_tokens", "image_seq_length"):
             check_count(name, getattr(self, name))
+        check_geometry_options(grid_size, max_points, geometry_frame_size)
         self.control_tokens = with_token_ids(control_tokens, tokenizer)
         self.image_token, self.rationale_token = IMAGE_TOKEN, RATIONALE_TOKEN
         needed = [IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN, RATIONALE_TOKEN, TURN_START_TOKEN, TURN_END_TOKEN]
@@ -227,7 +239,8 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
                 "`text` is required: a prompt with one `<IMG_CONTEXT>` per image and one `<video>` per video."
             )
         options = self._options(kwargs)
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = list(text) if isinstance(text, list | tuple) else [text]
+        check_texts(texts)
         images = flatten(images) if isinstance(images, list | tuple) else [images][: images is not None]
         videos = list(videos) if isinstance(videos, list | tuple) else [videos][: videos is not None]
         geometry = list(geometry) if isinstance(geometry, list | tuple) else [geometry][: geometry is not None]
@@ -388,6 +401,8 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
                 f"`num_rationale_tokens` may be at most {self.num_rationale_tokens}, the number that the model has, "
                 f"got {options.num_rationale_tokens}."
             )
+        if not isinstance(options.use_geometry, bool):
+            raise TypeError(f"`use_geometry` must be True or False, got {shown(options.use_geometry)}.")
         if options.padding_side not in ("left", "right"):
             raise ValueError(f"`padding_side` must be 'left' or 'right', got {options.padding_side!r}.")
         if options.padding not in (True, False, "longest"):
@@ -685,6 +700,7 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
             ValueError: If values are missing or a value is not finite, or sequences and prompts do not fit.
         """
         is_bare = isinstance(output, torch.Tensor)
+        check_sequences(output if is_bare else getattr(output, "sequences", output), input_ids)
         sequences = output if is_bare else output.sequences
         num_prompts = len(input_ids)
         if num_prompts == 0 or len(sequences) % num_prompts:

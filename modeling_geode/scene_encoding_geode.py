@@ -11,26 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import load_state_dict_from_file, parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .batching_geode import check_count
+from .checked_files_geode import checked_path, parse_json, read_tensors
 from .quantization_geode import check_weights_are_readable, plain_tensors
 from .scene_files_geode import (
     FORMAT_VERSION,
     check_tensors,
     check_version,
-    parse_json,
     sealed,
     tensor_checksum,
     unsealed,
     write_tensors,
 )
 from .scene_inputs_geode import kind_of
+from .shown_geode import shown
 
 
 _ENCODING_KEY = "geode_scene_encoding"
+_PREFIX_TENSORS = ("prefix.input_ids", "prefix.keys", "prefix.values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,8 @@ class SceneEncoding:
                 raise TypeError(f"`{name}` must be a floating-point tensor, got {kind_of(value)}.")
             if value.dim() != dims:
                 raise ValueError(f"`{name}` must have {dims} dimensions, got shape {tuple(value.shape)}.")
+            if name == "visual_tokens" and 0 in value.shape:
+                raise ValueError(f"`{name}` must hold at least one frame and token, got shape {tuple(value.shape)}.")
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(
                     f"`{name}` must be finite, got {int((~torch.isfinite(value)).sum())} values that are not."
@@ -103,6 +106,13 @@ class SceneEncoding:
             raise ValueError(
                 "`visual_tokens` and `rationale_tokens` must have the same width, got "
                 f"{self.visual_tokens.shape[-1]} and {self.rationale_tokens.shape[-1]}."
+            )
+
+        if not isinstance(self.summary, dict):
+            raise TypeError(f"`summary` must be a dict that JSON can hold, got {shown(self.summary)}.")
+        if not isinstance(self.encoder_digest, str):
+            raise TypeError(
+                f"`encoder_digest` must be text, `model.encoder_digest()`, got {shown(self.encoder_digest)}."
             )
 
     @property
@@ -134,12 +144,13 @@ class SceneEncoding:
 
         Args:
             num_questions (`int`, defaults to 1):
-                Rows of the batch, each a question about this scene.
+                Rows of the batch, each a question about this scene; at least 1.
 
         Returns:
             `dict`: `mm_encoder_outputs`, with the digest by which another model refuses them, and `rationale_features` of
             shape `(num_questions, 1, num_rationale_tokens, hidden_size)` if geometry was on. Nothing is copied.
         """
+        check_count("num_questions", num_questions)
         video = BaseModelOutputWithPooling(pooler_output=[self.visual_tokens.flatten(0, 1)] * num_questions)
         features = {"rationale_features": self.rationale_tokens.expand(num_questions, 1, -1, -1)}
         encoded = {"video": video, "encoder_digest": self.encoder_digest}
@@ -193,31 +204,50 @@ class SceneEncoding:
         path = _safetensors_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no scene encoding at {path}.")
-        metadata, damage = _checked_metadata(path), f"{path} is damaged. Encode the scene again."
-        try:
-            tensors = load_state_dict_from_file(path)
-        except Exception as error:  # the reader of safetensors has a class of its own, and an `OSError` without number
-            if getattr(error, "errno", None) is not None:
-                raise
-            raise ValueError(f"{damage} {error}.") from error
+        tensors, metadata = read_tensors(path)
         if _ENCODING_KEY not in metadata:
-            raise ValueError(f"{path} holds tensors but no scene encoding: its header has no {_ENCODING_KEY!r}.")
-        header = parse_json(metadata[_ENCODING_KEY], damage)
+            raise ValueError(
+                f"{path} holds tensors but no scene encoding: its header has no {_ENCODING_KEY!r}. It must be a file of `SceneEncoding.save`."
+            )
+        header, damage = (
+            parse_json(metadata[_ENCODING_KEY], f"{_ENCODING_KEY} of {path}"),
+            f"{path} is damaged. Encode the scene again.",
+        )
         check_version(header, str(path))  # before the checksum, as another version may have another one
         header = unsealed(header, damage)
+        has_prefix = "language_digest" in header
+        needed = {"visual_tokens", *(_PREFIX_TENSORS if has_prefix else ())}
+        missing = sorted(needed - tensors.keys()) + sorted({"summary", "encoder_digest"} - header.keys())
+        if missing:
+            raise ValueError(f"The scene encoding {path} lacks {missing}. Encode the scene again.")
         if "checksums" in header:  # absent in files of earlier versions
             check_tensors(tensors, header["checksums"], damage)
-        visual_tokens, prefix = tensors["visual_tokens"], None
-        if "language_digest" in header:
-            layers = [tensors[f"prefix.{name}"].split(1) for name in ("keys", "values")]
-            prefix = ScenePrefix(tensors["prefix.input_ids"], *layers, language_digest=header["language_digest"])
+        visual_tokens = tensors["visual_tokens"]
+        if visual_tokens.dim() != 3:
+            raise ValueError(
+                f"`visual_tokens` of {path} must have 3 dimensions, got shape {tuple(visual_tokens.shape)}."
+            )
         return cls(
             visual_tokens=visual_tokens,
             rationale_tokens=tensors.get("rationale_tokens", visual_tokens.new_zeros(0, visual_tokens.shape[-1])),
             summary=header["summary"],
             encoder_digest=header["encoder_digest"],
-            prefix=prefix,
+            prefix=_loaded_prefix(tensors, header["language_digest"], path) if has_prefix else None,
         )
+
+
+def _loaded_prefix(tensors: dict[str, torch.Tensor], language_digest, path: Path) -> ScenePrefix:
+    """The prefix of a file, whose tensors must fit together."""
+    input_ids, keys, values = (tensors[name] for name in _PREFIX_TENSORS)
+    fits = input_ids.dim() == 1 and keys.dim() == 4 and keys.shape == values.shape and keys.shape[2] == len(input_ids)
+    is_typed = input_ids.dtype == torch.long and keys.is_floating_point() and keys.dtype == values.dtype
+    if not (fits and is_typed and isinstance(language_digest, str | None)):
+        shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (input_ids, keys, values)]
+        raise ValueError(
+            f"The prefix of {path} must have tokens (prefix_length,) and keys and values (num_layers, num_heads, prefix_length, "
+            f"head_dim), got {shapes} and the digest {shown(language_digest)}. Compute it again with `model.prefill_scene(...)`."
+        )
+    return ScenePrefix(input_ids, keys.split(1), values.split(1), language_digest=language_digest)
 
 
 def scenes_to_model_inputs(scenes: Sequence[SceneEncoding]) -> dict:
@@ -305,25 +335,8 @@ def check_encoder_digest(given: str, own: str) -> None:
         )
 
 
-def _checked_metadata(path: Path) -> dict[str, str]:
-    """The facts in a file's header, once its tensors are known to fill it."""
-    try:
-        found = parse_local_safetensors_file_metadata(path)
-    except SafetensorsParsingError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}. Encode the scene again.") from error
-    with open(path, "rb") as file:
-        header_bytes = 8 + int.from_bytes(file.read(8), "little")
-    expected = header_bytes + max((tensor.data_offsets[1] for tensor in found.tensors.values()), default=0)
-    if path.stat().st_size != expected:
-        raise ValueError(
-            f"{path} is damaged: its header says that it has {expected} bytes, got {path.stat().st_size}. Encode the scene "
-            "again."
-        )
-    return found.metadata
-
-
 def _safetensors_path(path: str | os.PathLike) -> Path:
-    path = Path(path)
+    path = checked_path("path", path)
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` must end in .safetensors, got {path}.")
     return path

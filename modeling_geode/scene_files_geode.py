@@ -6,12 +6,15 @@ import json
 import os
 import tempfile
 import zlib
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
+
+from .checked_files_geode import checked_path, parse_json
 
 
 FORMAT_VERSION = 1
@@ -23,6 +26,8 @@ _PLY_TYPES = {
 }  # fmt: skip
 _PLY_FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _MAX_PLY_HEADER = 65_536  # bytes
+_TEXT_ROWS = 65_536  # that are parsed at a time
+MAX_PLY_VERTICES = 50_000_000  # as many as a scene takes; in float64 with normals 2.4 GB
 
 
 def check_version(header: dict, where: str) -> None:
@@ -73,27 +78,7 @@ def unsealed(document: dict, where: str) -> dict:
     return content
 
 
-def parse_json(text: str | bytes, where: str):
-    """
-    Read JSON.
-
-    Args:
-        text (`str` or `bytes`): What a file, or a part of it, holds.
-        where (`str`): Its file, for the error, and what to do if it is damaged.
-
-    Returns:
-        What it says.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} It is no JSON: {error}.") from error
-
-
-def read_json(path: Path, remedy: str) -> dict:
+def read_sealed(path: Path, remedy: str) -> dict:
     """
     Read a sealed object from its file.
 
@@ -109,7 +94,7 @@ def read_json(path: Path, remedy: str) -> dict:
         ValueError: If it is damaged.
     """
     where = f"{path} is damaged. {remedy}"
-    found = parse_json(path.read_bytes(), where)
+    found = parse_json(path.read_bytes(), str(path))
     if not isinstance(found, dict):
         raise ValueError(f"{where} It holds no object, but {found!r:.100}.")
     return unsealed(found, where)
@@ -238,21 +223,22 @@ def read_ply(path: str | os.PathLike) -> PlyCloud:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a PLY file, has no vertices with x, y and z, or is truncated.
+        ValueError: If it is not a PLY file, has no vertices with x, y and z, promises more than 50,000,000, or is truncated.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no point cloud at {path}.")
-    data = path.read_bytes()
-    order, elements, start = _ply_header(data, path)
-    position = next((i for i, element in enumerate(elements) if element.name == "vertex"), None)
-    if position is None:
-        raise ValueError(f"{path} must have an element `vertex`, and has {[element.name for element in elements]}.")
-    vertex, before = elements[position], elements[:position]
+    with open(path, "rb") as file:
+        order, elements, start = _ply_header(file.read(_MAX_PLY_HEADER), path)
+        position = next((i for i, element in enumerate(elements) if element.name == "vertex"), None)
+        if position is None:
+            found = [element.name for element in elements]
+            raise ValueError(f"{path} must have an element `vertex`, and has {found!r:.200}.")
+        vertex, before = elements[position], elements[:position]
+        _check_vertex(vertex, path)
+        file.seek(start)
+        rows = (_binary_rows if order else _text_rows)(file, path, order=order, before=before, vertex=vertex)
     names = {name for name, _ in vertex.properties}
-    if vertex.has_lists or not {"x", "y", "z"} <= names:
-        raise ValueError(f"The vertices of {path} must have x, y and z and no lists, and have {sorted(names)}.")
-    rows = _ply_rows(data, path, order=order, start=start, before=before, vertex=vertex)
     columns = [("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue")]
     colors = next((_stack(rows, wanted) for wanted in columns if set(wanted) <= names), None)
     if colors is not None and colors.dtype != np.uint8 and colors.dtype.kind != "f":
@@ -276,7 +262,7 @@ def _ply_header(data: bytes, path: Path) -> tuple[str, list[_PlyElement], int]:
         match line.split():
             case ["format", kind, _] if kind in _PLY_FORMATS:
                 order = _PLY_FORMATS[kind]
-            case ["element", name, count] if count.isdecimal():
+            case ["element", name, count] if count.isdecimal() and len(count) <= 18:
                 elements.append(_PlyElement(name, int(count), [], has_lists=False))
             case ["property", "list", *_] if elements:
                 elements[-1] = elements[-1]._replace(has_lists=True)
@@ -291,27 +277,63 @@ def _ply_header(data: bytes, path: Path) -> tuple[str, list[_PlyElement], int]:
     return order, elements, start
 
 
-def _ply_rows(data: bytes, path: Path, *, order: str, start: int, before: list[_PlyElement], vertex: _PlyElement):
-    """The vertices as a structured array."""
-    if order:
-        if any(element.has_lists for element in before):
-            raise ValueError(f"{path} has lists before its vertices. Save it again with the vertices first.")
-        start += sum(element.count * _ply_dtype(element, order).itemsize for element in before)
-        dtype = _ply_dtype(vertex, order)
-        if start + vertex.count * dtype.itemsize > len(data):
-            found = max(0, len(data) - start) // dtype.itemsize
-            raise ValueError(f"{path} is truncated: it promises {vertex.count} vertices and holds {found}.")
-        return np.frombuffer(data, dtype, count=vertex.count, offset=start)
-    lines = data[start:].decode("ascii", errors="replace").split("\n")
-    lines = [line.split() for line in lines if line.strip()][sum(element.count for element in before) :]
-    if len(lines) < vertex.count:
-        raise ValueError(f"{path} is truncated: it promises {vertex.count} vertices and holds {len(lines)}.")
-    try:
-        return np.array([tuple(line) for line in lines[: vertex.count]], dtype=_ply_dtype(vertex, "="))
-    except (ValueError, OverflowError) as error:
+def _check_vertex(vertex: _PlyElement, path: Path) -> None:
+    names = [name for name, _ in vertex.properties]
+    if vertex.has_lists or not {"x", "y", "z"} <= set(names) or len(set(names)) < len(names):
         raise ValueError(
-            f"The vertices of {path} do not fit their header, {len(vertex.properties)} numbers: {error}."
-        ) from error
+            f"The vertices of {path} must have x, y and z and no lists, each property once, and have {names!r:.200}."
+        )
+
+
+def _check_count(vertex: _PlyElement, path: Path) -> None:
+    if not 0 < vertex.count <= MAX_PLY_VERTICES:
+        raise ValueError(
+            f"{path} must have 1 to {MAX_PLY_VERTICES} vertices, and promises {vertex.count}. Thin the cloud first."
+        )
+
+
+def _binary_rows(
+    file: BinaryIO, path: Path, *, order: str, before: list[_PlyElement], vertex: _PlyElement
+) -> np.ndarray:
+    """The vertices as a structured array; nothing is allocated for what the file does not hold."""
+    if any(element.has_lists for element in before):
+        raise ValueError(f"{path} has lists before its vertices. Save it again with the vertices first.")
+    dtype = _ply_dtype(vertex, order)
+    start = file.tell() + sum(
+        element.count * sum(int(kind[1]) for _, kind in element.properties) for element in before
+    )
+    found = max(0, path.stat().st_size - start) // dtype.itemsize
+    if found < vertex.count:
+        raise ValueError(f"{path} is truncated: it promises {vertex.count} vertices and holds {found}.")
+    _check_count(vertex, path)
+    return np.fromfile(file, dtype, count=vertex.count, offset=start - file.tell())
+
+
+def _text_rows(
+    file: BinaryIO, path: Path, *, order: str, before: list[_PlyElement], vertex: _PlyElement
+) -> np.ndarray:
+    """The same from text, some lines at a time."""
+    _check_count(vertex, path)
+    dtype = _ply_dtype(vertex, order)
+    first = sum(element.count for element in before)
+    lines = (line for line in file if line.strip())
+    lines = islice(lines, first, first + vertex.count)
+    parts, found, fault = [], 0, None
+    while chunk := [tuple(line.decode("ascii", errors="replace").split()) for line in islice(lines, _TEXT_ROWS)]:
+        found += len(chunk)
+        try:
+            parts.append(np.array(chunk, dtype=dtype))
+        except (ValueError, OverflowError) as error:
+            fault = error
+            break
+    found += sum(1 for _ in lines)
+    if found < vertex.count:
+        raise ValueError(f"{path} is truncated: it promises {vertex.count} vertices and holds {found}.")
+    if fault is not None:
+        raise ValueError(
+            f"The vertices of {path} do not fit their header, {len(vertex.properties)} numbers: {fault}."
+        ) from fault
+    return np.concatenate(parts)
 
 
 def _ply_dtype(element: _PlyElement, order: str) -> np.dtype:
@@ -323,9 +345,8 @@ __all__ = [
     "PlyCloud",
     "check_tensors",
     "check_version",
-    "parse_json",
-    "read_json",
     "read_ply",
+    "read_sealed",
     "sealed",
     "sha256_of",
     "tensor_checksum",

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import load_state_dict_from_file
 from transformers.utils import logging
 
 from .alignment_geode import (
@@ -25,6 +24,7 @@ from .alignment_geode import (
     scale_from_length,
     scale_from_positions,
 )
+from .checked_files_geode import checked_path, read_json, read_tensors
 from .collation_geode import collate_scenes
 from .geometry_geode import (
     encode_camera_poses,
@@ -38,7 +38,6 @@ from .scene_files_geode import (
     FORMAT_VERSION,
     PlyCloud,
     check_version,
-    parse_json,
     read_ply,
     sealed,
     sha256_of,
@@ -57,8 +56,11 @@ from .scene_inputs_geode import (
     check_dtype,
     check_extent,
     check_factor,
+    check_finite,
+    check_flag,
     check_rigid,
     check_voxel_size,
+    check_whole,
     coarser_voxels,
     confident_pixels,
     floor_height,
@@ -166,8 +168,7 @@ class SceneGeometry:
         check_cloud(self.points, self.colors, self.normals)
         check_cameras(self.world_from_cam, self.intrinsics, self.image_size, self.timestamps_s)
         check_rigid("scene_from_dataset", self.scene_from_dataset[None])
-        if not isinstance(self.is_metric, bool):
-            raise TypeError(f"`is_metric` must be True or False, got {self.is_metric!r}.")
+        check_flag("is_metric", self.is_metric)
         if (self.scale_source == "unknown") == self.is_metric or self.scale_source not in SCALE_SOURCES:
             raise ValueError(
                 f"`scale_source` must be one of {SCALE_SOURCES}, 'unknown' exactly if the scene is not metric; got "
@@ -235,6 +236,7 @@ class SceneGeometry:
             TypeError: If `depth` is of integers (often millimetres) or `images` is not uint8.
             ValueError: If shapes disagree, no depth is valid, some depth is negative, or a camera is not valid.
         """
+        check_flag("is_metric", is_metric)
         depth = to_tensor("depth", depth)
         check_depth(depth, max_input_points)
         poses, intrinsics, timestamps_s = to_cameras(world_from_cam, intrinsics, timestamps_s)
@@ -332,8 +334,11 @@ class SceneGeometry:
         Raises:
             ValueError: If the cloud is empty or not finite, shapes disagree, or a camera is not valid.
         """
+        check_flag("is_metric", is_metric)
         points = to_points("points", points)
         check_count(len(points), max_input_points)
+        if is_metric:
+            check_extent(points, is_turned=False)
         poses, intrinsics, timestamps_s = to_cameras(world_from_cam, intrinsics, timestamps_s)
         check_cameras(poses, intrinsics, image_size, timestamps_s)
         colors = to_colors(colors, points)
@@ -535,7 +540,9 @@ class SceneGeometry:
         Raises:
             ValueError: If the scene's +z is not the input's +z, to within 0.5 degrees.
         """
-        boxes = transform_boxes(to_tensor("boxes", boxes).double(), self.scene_from_dataset)
+        boxes = to_tensor("boxes", boxes).double()
+        check_finite("boxes", boxes)
+        boxes = transform_boxes(boxes, self.scene_from_dataset)
         return torch.cat([boxes[..., :6] * self.metres_per_unit, boxes[..., 6:]], dim=-1).float()
 
     def with_scale(self, metres_per_unit: float, source: str) -> "SceneGeometry":
@@ -625,8 +632,8 @@ class SceneGeometry:
             ValueError: If a count is below 1, or the cloud is too wide for the point encoder.
         """
         for name, count in (("max_points", max_points), ("num_cameras", num_cameras)):
-            if count is not None and count < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {count}.")
+            if count is not None:
+                check_whole(name, count)
         points, world_from_cam = self.points, self.world_from_cam
         if not self.is_metric:
             logger.warning_once(
@@ -661,7 +668,7 @@ class SceneGeometry:
             folder (`str` or `os.PathLike`):
                 Created if absent. A scene that is there already is replaced.
         """
-        folder = Path(folder)
+        folder = checked_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name) for name in _CLOUD_FIELDS}
         if self.num_cameras:
@@ -697,7 +704,7 @@ class SceneGeometry:
             ValueError: If `folder` is a file, the format version is another, the two files do not belong together, or
                 the content is not valid.
         """
-        folder = Path(folder)
+        folder = checked_path("folder", folder)
         if folder.is_file():
             raise ValueError(f"`folder` must be a folder written by `SceneGeometry.save`, got the file {folder}.")
         for name in (_HEADER_FILE, _TENSORS_FILE):
@@ -705,8 +712,10 @@ class SceneGeometry:
                 raise FileNotFoundError(
                     f"A saved scene has {_HEADER_FILE} and {_TENSORS_FILE}; {folder} has no {name}."
                 )
-        damage = f"{folder / _HEADER_FILE} is damaged or was edited. Save the scene again."
-        header = parse_json((folder / _HEADER_FILE).read_bytes(), damage)
+        header, damage = (
+            read_json(folder / _HEADER_FILE),
+            f"{folder / _HEADER_FILE} is damaged or was edited. Save the scene again.",
+        )
         check_version(header, str(folder / _HEADER_FILE))
         digest = sha256_of(folder / _TENSORS_FILE)
         if header.get("tensors_sha256") != digest:
@@ -714,7 +723,7 @@ class SceneGeometry:
                 f"{folder / _TENSORS_FILE} has SHA-256 {digest}, but {_HEADER_FILE} expects "
                 f"{header.get('tensors_sha256')}. The files are damaged or of two scenes; save the scene again."
             )
-        tensors = load_state_dict_from_file(folder / _TENSORS_FILE)
+        tensors, _ = read_tensors(folder / _TENSORS_FILE)
         missing = sorted(set(_HEADER_FIELDS) - header.keys() | set(_CLOUD_FIELDS) - tensors.keys())
         unknown = sorted(tensors.keys() - {*_CLOUD_FIELDS, *_CAMERA_FIELDS})
         if missing or unknown:
@@ -722,9 +731,10 @@ class SceneGeometry:
                 f"The scene of {folder / _HEADER_FILE} lacks {missing} and has unknown {unknown}. Save it again."
             )
         fields = {name: header[name] for name in _HEADER_FIELDS}
+        # JSON has lists for tuples.
+        if isinstance(fields["image_size"], list):
+            fields["image_size"] = tuple(fields["image_size"])
         try:
-            # JSON has lists for tuples.
-            fields["image_size"] = tuple(fields["image_size"]) if fields["image_size"] else None
             scene = cls(**tensors, **fields)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{damage} {error}") from error

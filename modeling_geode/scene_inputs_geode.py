@@ -6,6 +6,7 @@ Each `to_` function turns an array into a CPU tensor, in float64 where it is geo
 with the values that are wrong. A `cloud` is a list of points, colours and, where known, normals.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .geometry_geode import (
     unproject_depth,
     voxel_representatives,
 )
+from .shown_geode import shown
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +41,9 @@ DROPPED_CONFIDENCE_FRACTION = 0.2
 # Guards against wrong units and runaway memory; no room comes near them.
 MAX_INPUT_POINTS = 50_000_000
 MAX_EXTENT_M = 1000.0
+# Squares of coordinates must stay within float32, and copies of arrays within memory.
+MAX_COORDINATE = 1e12
+MAX_ARRAY_BYTES = 8 * 1024**3
 # What gravity and the camera's height are read from: points of about this spacing at the nominal distance.
 ROUGH_SPACING_M = 0.05
 ROUGH_PIXELS = 200_000
@@ -75,13 +80,38 @@ def kind_of(value) -> str:
 
 
 def to_tensor(name: str, value) -> torch.Tensor:
-    """A CPU tensor of the same dtype."""
+    """A CPU tensor of the same dtype, of real numbers."""
     if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            raise TypeError(f"`{name}` must hold real numbers, got {value.dtype}.")
         return value.detach().cpu()
-    if isinstance(value, (np.ndarray, list, tuple)):
+    if not isinstance(value, (np.ndarray, list, tuple)):
+        raise TypeError(f"`{name}` must be an array or a tensor, got {kind_of(value)}.")
+    if isinstance(value, np.ndarray) and value.nbytes > MAX_ARRAY_BYTES:
+        raise ValueError(
+            f"`{name}` may have at most {MAX_ARRAY_BYTES} bytes, got shape {value.shape} of {value.nbytes} bytes. Use fewer "
+            "frames, or thin the cloud."
+        )
+    try:
         # A copy in C order: torch refuses negative strides (`image[..., ::-1]`) and warns about read-only arrays.
-        return torch.from_numpy(np.array(value, order="C"))
-    raise TypeError(f"`{name}` must be an array or a tensor, got {kind_of(value)}.")
+        array = np.array(value, order="C")
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be an array with rows of one length, got {shown(value)}: {error}") from error
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise TypeError(f"`{name}` must hold real numbers of at most 64 bits, got {array.dtype} ({shown(value)}).")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def to_number(name: str, value) -> float:
+    """A finite number as a float."""
+    number = math.nan
+    if not isinstance(value, (bool, str, bytes, bytearray)):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
+    if not math.isfinite(number):
+        kind = ValueError if isinstance(value, (int, float)) else TypeError
+        raise kind(f"`{name}` must be a finite number, got {shown(value)}.")
+    return number
 
 
 def to_points(name: str, value) -> torch.Tensor:
@@ -92,6 +122,7 @@ def to_points(name: str, value) -> torch.Tensor:
             f"`{name}` must have shape (num_points, 3) with at least one point, got {tuple(points.shape)}."
         )
     check_finite(name, points)
+    check_magnitude(name, points)
     return points
 
 
@@ -179,6 +210,16 @@ def check_finite(name: str, value: torch.Tensor) -> None:
         )
 
 
+def check_magnitude(name: str, value: torch.Tensor) -> None:
+    """Raise if a finite length is so large that its square is not."""
+    most = max(abs(float(end)) for end in value.aminmax()) if value.numel() else 0.0
+    if most > MAX_COORDINATE:
+        raise ValueError(
+            f"`{name}` must lie within {MAX_COORDINATE:g} of 0 in every coordinate, got {most:.4g}. Drop outliers, or choose a "
+            "larger unit."
+        )
+
+
 def check_dtype(name: str, value, dtype: torch.dtype) -> None:
     """Raise unless the value is a CPU tensor of that dtype."""
     if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.device.type != "cpu":
@@ -190,6 +231,7 @@ def check_dtype(name: str, value, dtype: torch.dtype) -> None:
 
 def check_count(count: int, max_input_points: int) -> None:
     """Raise if there are more points than memory is planned for."""
+    check_whole("max_input_points", max_input_points)
     if count > max_input_points:
         raise ValueError(
             f"At most `max_input_points`={max_input_points:,} points are taken, got {count:,}. Use fewer frames or "
@@ -197,10 +239,32 @@ def check_count(count: int, max_input_points: int) -> None:
         )
 
 
+def check_whole(name: str, value) -> None:
+    """Raise unless a count is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"`{name}` must be a whole number, got {shown(value)}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def check_flag(name: str, value) -> None:
+    """Raise unless a switch is on or off."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {shown(value)}.")
+
+
 def check_voxel_size(voxel_size_m: float) -> None:
     """Raise unless the voxel size is positive."""
-    if not (math.isfinite(voxel_size_m) and voxel_size_m > 0):
-        raise ValueError(f"`voxel_size_m` must be positive, got {voxel_size_m}.")
+    _check_positive("voxel_size_m", voxel_size_m)
+
+
+def _check_positive(name: str, value) -> float:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+    number = to_number(name, value)
+    if number <= 0:
+        raise ValueError(f"`{name}` must be positive, got {value}.")
+    return number
 
 
 def check_depth(depth: torch.Tensor, max_input_points: int) -> None:
@@ -220,6 +284,7 @@ def check_depth(depth: torch.Tensor, max_input_points: int) -> None:
             f"`depth` must not be negative, got a minimum of {float(depth[depth < 0].min()):.4g}. Mark invalid pixels "
             "with 0; cameras look along +z."
         )
+    check_magnitude("depth", torch.where(torch.isfinite(depth), depth, 0.0))
 
 
 def check_cloud(points: torch.Tensor, colors: torch.Tensor, normals: torch.Tensor) -> None:
@@ -231,6 +296,7 @@ def check_cloud(points: torch.Tensor, colors: torch.Tensor, normals: torch.Tenso
     for name, value in (("points", points), ("colors", colors), ("normals", normals)):
         check_same_shape(name, value, points)
         check_finite(name, value)
+    check_magnitude("points", points)
     low, high = float(colors.min()), float(colors.max())
     if low < 0 or high > 1:
         raise ValueError(f"`colors` must lie in [0, 1], got {low:.4g} to {high:.4g}. Give 0..255 as uint8.")
@@ -260,6 +326,7 @@ def check_cameras(world_from_cam, intrinsics, image_size, timestamps_s) -> None:
     if not sizes_fit or not all(isinstance(side, int) and side > 0 for side in image_size):
         raise ValueError(f"`image_size` must be (height, width) in whole pixels with cameras, got {image_size!r}.")
     check_rigid("world_from_cam", world_from_cam)
+    check_magnitude("world_from_cam", world_from_cam)
     check_intrinsics(intrinsics)
 
 
@@ -292,6 +359,7 @@ def check_intrinsics(intrinsics: torch.Tensor) -> None:
     focal = torch.stack([intrinsics[:, 0, 0], intrinsics[:, 1, 1]], dim=1)
     if bool((focal <= 0).any()):
         raise ValueError(f"`intrinsics` must have positive focal lengths, got {float(focal.min()):.4g}.")
+    check_magnitude("intrinsics", intrinsics)
     rest = intrinsics.clone()
     rest[:, 0, 0] = rest[:, 1, 1] = 1
     rest[:, :2, 2] = 0
@@ -310,10 +378,10 @@ def _which(flags: torch.Tensor) -> str:
     return f"indices [{', '.join(map(str, indices[:8]))}{more}]"
 
 
-def check_extent(points: torch.Tensor) -> None:
-    """Raise if a metric cloud is wider than any scene."""
+def check_extent(points: torch.Tensor, *, is_turned: bool = True) -> None:
+    """Raise if a metric cloud is wider than any scene. One that is still to be turned may be less wide then."""
     extent = float((points.max(dim=0).values - points.min(dim=0).values).max())
-    if extent > MAX_EXTENT_M:
+    if extent > MAX_EXTENT_M * (1 if is_turned else math.sqrt(3)):
         raise ValueError(
             f"A metric cloud may be at most {MAX_EXTENT_M:g} m wide, got {extent:.4g} m. Check the unit "
             "(millimetres?), drop outliers, or pass `is_metric=False`."
@@ -476,9 +544,7 @@ def known_ends(known: KnownLength, frames: ReconstructedFrames) -> torch.Tensor:
 
 def check_factor(metres_per_unit: float) -> float:
     """Return a scale, once it is known to be positive."""
-    if not (math.isfinite(metres_per_unit) and metres_per_unit > 0):
-        raise ValueError(f"`metres_per_unit` must be positive, got {metres_per_unit}.")
-    return float(metres_per_unit)
+    return _check_positive("metres_per_unit", metres_per_unit)
 
 
 def box_center(points: torch.Tensor) -> torch.Tensor:
@@ -520,7 +586,7 @@ def frame_cloud(depth, keep, image, intrinsics, aligned_from_cam, voxel_size: fl
     if not bool(valid.any()):
         return [torch.zeros(0, 3, dtype=torch.float64) for _ in range(3)]
     # Pixels two voxels apart: nearer ones would differ more by the sensor's noise than by the surface.
-    step = round(2 * voxel_size * float(intrinsics[0, 0]) / float(z[valid].median()))
+    step = round(min(2 * voxel_size * float(intrinsics[0, 0]) / float(z[valid].median()), max(z.shape)))
     normals = normals_from_depth(z, intrinsics, step=min(max(step, 1), max(1, min(z.shape) // 8)))[valid]
     points_cam = unproject_depth(z, intrinsics)[valid]
     # A pixel without neighbours has no normal of its own; it is taken to face the camera.
@@ -547,8 +613,8 @@ def thin_by_voxels(
 
 def thin_to_count(cloud: list[torch.Tensor], max_points: int | None) -> list[torch.Tensor]:
     """Keep one point per voxel, with voxels that grow until at most `max_points` are left."""
-    if max_points is not None and max_points < 1:
-        raise ValueError(f"`max_points` must be at least 1, got {max_points}.")
+    if max_points is not None:
+        check_whole("max_points", max_points)
     points, thinned = cloud[0], cloud
     origin = points.min(dim=0).values
     # The spacing of as many points on a square as wide as the cloud, so less than any that is needed.

@@ -4,20 +4,24 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock
 from transformers.utils import logging
 
+from .checked_files_geode import checked_path
 from .scene_encoding_geode import SceneEncoding
 from .scene_files_geode import sha256_of
+from .shown_geode import shown
 from .video_processing_geode import local_path
 
 
 logger = logging.get_logger(__name__)
 
 STORE_VERSION = 1  # raised when the same key comes to stand for other tokens
+_KEY = re.compile(r"[\w-]{1,128}", flags=re.ASCII)
 _SUFFIX, _LOCK, _SCRATCH = ".safetensors", ".lock", "unfinished"
 # What the calls of the processor may set of a scene.
 _OPTIONS = ("num_frames", "num_geometry_frames", "use_geometry")
@@ -62,14 +66,16 @@ class SceneStore:
     def __init__(self, folder: str | os.PathLike, model, *, max_bytes: int):
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"`max_bytes` must be a whole number of at least 1, got {max_bytes!r}.")
-        self.folder, self.model, self.max_bytes = Path(folder), model, max_bytes
+        self.folder, self.model, self.max_bytes = checked_path("folder", folder), model, max_bytes
+        if self.folder.is_file():
+            raise NotADirectoryError(f"`folder` must be a folder of scenes, got the file {self.folder}.")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
         return len(self._files())
 
     def __contains__(self, key: object) -> bool:
-        return (self.folder / f"{key}{_SUFFIX}").is_file()
+        return isinstance(key, str) and _KEY.fullmatch(key) is not None and self._path_of(key).is_file()
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +133,12 @@ class SceneStore:
             facts |= {"grid_size": processor.grid_size, "max_points": processor.max_points}
             if geometry is not None:
                 # Its header holds the digest of the tensors beside it.
-                facts["geometry"] = sha256_of(local_path(geometry, what="geometry") / "geometry.json")
+                header = local_path(geometry, what="geometry") / "geometry.json"
+                if not header.is_file():
+                    raise FileNotFoundError(
+                        f"`geometry` must be the folder of a saved scene; {geometry} has no {header.name}."
+                    )
+                facts["geometry"] = sha256_of(header)
             else:
                 facts["reconstructor"] = self.model.model.reconstructor_digest()
                 facts["geometry_frame_size"] = processor.geometry_frame_size
@@ -143,13 +154,13 @@ class SceneStore:
         Returns:
             [`SceneEncoding`], *optional*: The scene, on the CPU; None if there is none. A damaged file is removed.
         """
-        path = self.folder / f"{key}{_SUFFIX}"
+        path = self._path_of(key)
         try:
             scene = SceneEncoding.load(path)
             os.utime(path)
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             logger.warning(f"The stored scene {path} is damaged and is removed: {error}")
             path.unlink(missing_ok=True)
             return None
@@ -166,7 +177,9 @@ class SceneStore:
         Raises:
             ValueError: If it is larger than `max_bytes` on its own.
         """
-        path, scratch = self.folder / f"{key}{_SUFFIX}", self.folder / _SCRATCH
+        path, scratch = self._path_of(key), self.folder / _SCRATCH
+        if not isinstance(scene, SceneEncoding):
+            raise TypeError(f"`scene` must be a SceneEncoding, got {type(scene).__name__}.")
         with WeakFileLock(self.folder / _LOCK):
             # Whoever writes holds the lock, so what is here was left by a process that died.
             shutil.rmtree(scratch, ignore_errors=True)
@@ -187,6 +200,11 @@ class SceneStore:
                 total -= other
             os.replace(scratch / path.name, path)
             shutil.rmtree(scratch)
+
+    def _path_of(self, key: str) -> Path:
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise ValueError(f"`key` must be letters, digits and dashes, as `key_of` gives, got {shown(key)}.")
+        return self.folder / f"{key}{_SUFFIX}"
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """Time of last use in nanoseconds, size in bytes and path of each scene."""

@@ -375,8 +375,10 @@ def prepare_point_cloud(
         >>> cloud["grid_coord"].tolist(), cloud["inverse"].tolist()
         ([[0, 0, 0], [3, 0, 0]], [0, 1, 1])
     """
-    if not grid_size > 0:
-        raise ValueError(f"`grid_size` must be a positive length in metres, got {grid_size}.")
+    is_number = isinstance(grid_size, (int, float)) and not isinstance(grid_size, bool)
+    # In float32, where the quotient is taken, smaller ones are 0.
+    if not is_number or not torch.finfo(torch.float32).tiny <= grid_size < float("inf"):
+        raise ValueError(f"`grid_size` must be a positive length in metres, got {grid_size!r}.")
     points = _as_finite_rows("coord", coord, None)
     if not points.shape[0]:
         raise ValueError("`coord` must hold at least one point, got an empty cloud.")

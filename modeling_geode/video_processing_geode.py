@@ -3,6 +3,8 @@
 
 import os
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,12 +17,13 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.utils import logging
 
+from .checked_files_geode import checked_path
+
 
 try:
     import av
 except ImportError:
     av = None
-
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +31,27 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Guards against files that never end and against running out of memory; no clip of a room comes near them.
 MAX_VIDEO_FRAMES = 2_000_000
 MAX_SAMPLED_BYTES = 4 * 1024**3
-MAX_IMAGE_PIXELS = 2**27
+# 8192 x 8192, below the number at which Pillow warns.
+MAX_IMAGE_PIXELS = 2**26
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+# What Pillow raises, beside OSError, for files that are not what they say.
+_IMAGE_ERRORS = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
 # FFmpeg also reads playlists, which name other files and addresses. Only formats that hold their own pictures pass.
 _CONTAINER_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,gif,asf"
 
@@ -199,16 +222,7 @@ def load_image(source) -> np.ndarray:
         ValueError: If the file is not an image, or shape or size are not those of an image.
     """
     if isinstance(source, str | os.PathLike):
-        path = local_path(source, what="image")
-        try:
-            with Image.open(path) as image:
-                _check_size(image.height, image.width, str(path))
-                return _to_rgb(ImageOps.exif_transpose(image))
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"An image file was expected, but {path} cannot be read ({error}). It may be empty, truncated or of "
-                "another format: save it again as PNG or JPEG."
-            ) from error
+        return _load_image_file(local_path(source, what="image"))
     if isinstance(source, Image.Image):
         _check_size(source.height, source.width, "the image")
         return _to_rgb(source)
@@ -232,24 +246,49 @@ def local_path(source: str | os.PathLike, *, what: str) -> Path:
 
     Raises:
         FileNotFoundError: If there is nothing.
+        TypeError: If `source` is no path.
         ValueError: If `source` is an address on another machine, or data instead of a path.
     """
+    checked_path(what, source)
     text = os.fspath(source)
     if text.startswith("file://"):
         text = text[len("file://") :]
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//|[^\\/])", text)
-    if scheme and not Path(text).exists():
+    if scheme and not _exists(text):
         raise ValueError(
             f"The {what} must be a local path, got {text[:80]!r}. Nothing is downloaded here: fetch the file first, "
             "for example with `huggingface_hub.hf_hub_download`, and pass its path."
         )
-    path = Path(text)
-    if not path.exists():
+    if not _exists(text):
         raise FileNotFoundError(f"There is no {what} at {text[:200]}. Check the path; it is relative to {Path.cwd()}.")
-    return path
+    return Path(text)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
 
 
 # ---- files ----
+
+
+def _load_image_file(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            size = image.height, image.width
+            is_small = size[0] * size[1] <= MAX_IMAGE_PIXELS  # before anything is decoded
+            if is_small and not image.mode.startswith(("I", "F")):
+                return _to_rgb(ImageOps.exif_transpose(image))
+            mode = image.mode
+    except _IMAGE_ERRORS as error:
+        raise ValueError(
+            f"An image file was expected, but {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). It may be "
+            f"empty, truncated, too large or of another format than {IMAGE_FORMATS}: save it again as PNG or JPEG."
+        ) from error
+    _check_size(*size, str(path))
+    raise ValueError(_not_8_bits(mode))
 
 
 def _require_av(path: Path) -> None:
@@ -292,6 +331,8 @@ def _open(path: Path):
         raise ValueError(_unreadable(path, "it has no video stream"))
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
+    # FFmpeg refuses larger pictures before it allocates them, whatever the header says.
+    stream.codec_context.options = {"max_pixels": str(MAX_IMAGE_PIXELS)}
     return container, stream
 
 
@@ -405,16 +446,20 @@ def _checked_picture(frame: np.ndarray) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         # Pillow would cut every value above 255 off.
-        raise ValueError(
-            f"An image must have 8 bits per channel, got one of mode {image.mode!r}. Scale its values to 0..255 first."
-        )
+        raise ValueError(_not_8_bits(image.mode))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
     return np.array(image.convert("RGB"))
 
 
+def _not_8_bits(mode: str) -> str:
+    return f"An image must have 8 bits per channel, got one of mode {mode!r}. Scale its values to 0..255 first."
+
+
 def _check_size(height: int, width: int, name: str, *, num_pictures: int = 1) -> None:
+    if height * width == 0:
+        raise ValueError(f"A picture needs at least one pixel; {name} is {height} x {width}.")
     if height * width > MAX_IMAGE_PIXELS or 3 * height * width * num_pictures > MAX_SAMPLED_BYTES:
         raise ValueError(
             f"Pictures may have at most {MAX_IMAGE_PIXELS} pixels and {MAX_SAMPLED_BYTES} bytes together; {name} is "

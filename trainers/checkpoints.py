@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from geode.data.whole_files import write_whole
-from geode.modeling_geode.scene_files_geode import read_json, sealed
+from geode.modeling_geode.scene_files_geode import read_sealed, sealed
 from geode.trainers.drm_files import DRM_FILE
 
 
@@ -66,7 +66,7 @@ def _find_changed(folder: Path, without_optimizer: bool) -> str | None:
     if not (folder / CHECKSUMS_FILE).is_file():
         return None
     try:
-        known = read_json(folder / CHECKSUMS_FILE, "")
+        known = read_sealed(folder / CHECKSUMS_FILE, "")
     except ValueError:
         return f"{CHECKSUMS_FILE} is damaged"
     # A run goes on without these, with other random numbers or from the first learning rate, and says nothing.

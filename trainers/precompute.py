@@ -43,7 +43,7 @@ from geode.data.whole_files import write_whole
 from geode.modeling_geode.collation_geode import CLOUD_INPUTS, collate_scenes
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
-from geode.modeling_geode.scene_files_geode import read_json, sealed, sha256_of, tensor_checksum, unsealed
+from geode.modeling_geode.scene_files_geode import read_sealed, sealed, sha256_of, tensor_checksum, unsealed
 from geode.modeling_geode.scene_geode import SceneGeometry
 from geode.trainers.precompute_arguments import DTYPE_NAMES, SHARD_SIZE, add_arguments
 
@@ -321,7 +321,7 @@ def _check_folder(out: Path, manifest: dict, retry_failed: bool, state: PartialS
         if strangers:
             raise ValueError(f"`out` must be new, empty or a feature store, and {out} holds {sorted(strangers)[:3]}.")
         return False
-    found = read_json(path, "Remove the folder, and run the same again.")
+    found = read_sealed(path, "Remove the folder, and run the same again.")
     differences = option_differences(manifest, found)
     if differences:
         raise ValueError(
