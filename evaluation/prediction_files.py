@@ -11,7 +11,7 @@ from geode.modeling_geode.scene_files_geode import sealed, unsealed
 
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"
-_LINE_FACTS = frozenset(("id", "question_type", "prediction", "ground_truth"))
+_LINE_FACTS = ("question_type", "prediction", "ground_truth")
 _RUN_FACTS = frozenset(("model", "model_revision", "benchmark", "control", "is_on_hub", "questions", "scenes"))
 
 
@@ -49,7 +49,7 @@ def read_lines(path: Path) -> list[dict]:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"Line {number} of {path} is no JSON: {error}. {remedy}") from error
-        if not isinstance(found, dict) or not _LINE_FACTS <= found.keys():
+        if not isinstance(found, dict) or "id" not in found:
             raise ValueError(f"Line {number} of {path} must be an answer of `geode eval`, got {line[:80]!r}. {remedy}")
         lines.append(unsealed(found, f"Line {number} of {path} is damaged. {remedy}"))
     return lines
@@ -101,6 +101,12 @@ def read_finished(folder: Path) -> tuple[dict, list[dict]]:
     if not isinstance(run, dict) or not _RUN_FACTS <= run.keys():
         raise ValueError(
             f"{folder / RUN} must be that of a run of `geode eval`, got {run!r:.80}. Run it again, into another folder."
+        )
+    lacking = next((line for line in lines if not line.keys() >= set(_LINE_FACTS)), None)
+    if lacking is not None:
+        raise ValueError(
+            f"Every line of {folder / PREDICTIONS} must have {sorted(_LINE_FACTS)}, and that of {lacking['id']!r} has not. Remove "
+            "it, and run again."
         )
     repeated = [uid for uid, count in Counter(line["id"] for line in lines).items() if count > 1]
     if repeated or len(lines) != run["questions"]:
