@@ -389,9 +389,8 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
         unknown = sorted(kwargs.keys() - names)
         if unknown:
             raise TypeError(f"Unknown options {unknown}. The processor takes {sorted(names)}.")
-        defaults = {
-            name: getattr(self, name) for name in ("num_frames", "num_geometry_frames", "num_rationale_tokens")
-        }
+        counts = ("num_frames", "num_geometry_frames", "num_rationale_tokens")
+        defaults = {name: getattr(self, name) for name in counts}
         given = {name: value for name, value in kwargs.items() if value is not None}
         options = _Options(**{**defaults, "padding_side": self.tokenizer.padding_side, **given})
         for name in defaults:
@@ -437,10 +436,9 @@ class GeodeProcessor(CodeOnHubMixin, ProcessorMixin):
             return _Medium(kind, len(frames), frames, True, num_rationale_tokens, geometry)
         if self.geometry_frame_size is None:
             raise ValueError(
-                "A video needs geometry, and neither was any given nor has this model a reconstructor. Give "
-                "`geometry=...` (a SceneGeometry or the path of one) with the video, attach a reconstructor to the "
-                "model and set the processor's `geometry_frame_size`, or pass `use_geometry=False` to answer from "
-                "the pictures alone."
+                "A video needs geometry, and neither was any given nor has this model a reconstructor. Give `geometry=...` (a "
+                "SceneGeometry or the path of one) with the video, attach a reconstructor to the model and set the processor's "
+                "`geometry_frame_size`, or pass `use_geometry=False` to answer from the pictures alone."
             )
         counts = [options.num_frames, options.num_geometry_frames]
         (frames, _), (geometry_frames, _) = load_frame_sets(source, num_frames=counts)
