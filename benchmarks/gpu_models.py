@@ -26,7 +26,7 @@ from geode import embedded_scene, tiny_checkpoint
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.modeling_geode.scene_geode import SceneGeometry
 from geode.trainers.collator import GeodeDataCollator
-from geode.trainers.tiny import make_config
+from geode.trainers.world_model import make_config
 
 
 ROOM_SIZE_M = (6.0, 4.5, 2.6)

@@ -13,7 +13,6 @@ warm-up. A question that was asked about a scene before must have the same answe
 
 import argparse
 import dataclasses
-import random
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # Room for a part of them, so that scenes leave the store and are encoded again; sizes differ by a few bytes.
     room = 1.02 * store.num_bytes * max(1.0, options.scenes * options.stored)
     store = model.open_scene_store(folder / "store", max_bytes=int(room))
-    chance, known, resident, num_encoded = random.Random(0), {}, [], 0
+    chance, known, resident, num_encoded = np.random.default_rng(0), {}, [], 0
     num_visits = -(-options.questions // options.batch)
     # Every scene comes equally often, in an order without a pattern.
     order = [number % options.scenes for number in range(num_visits)]
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for number in tqdm(order, desc="visits", file=sys.stderr):
         num_encoded += store.key_of(processor, video, geometry=scenes[number]) not in store
         scene = store.encode(processor, video, geometry=scenes[number])
-        questions = chance.sample(asked, options.batch)
+        questions = chance.choice(asked, options.batch, replace=False).tolist()
         answers = model.ask(processor, scene, questions, max_new_tokens=options.new_tokens)
         for question, answer in zip(questions, answers, strict=True):
             before = known.setdefault((number, question), answer.text)

@@ -179,7 +179,7 @@ def test_names_of_files(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<video> <spatio>", "must have 8 `<spatio>` for its media, and it has 9"),
+        ("<video> <spatio>", "must have 16 `<spatio>` for its media, and it has 17"),
         ("<video> <IMG_CONTEXT>", "<IMG_CONTEXT>"),
         ("<video> <video>", r"1 texts with \[2\] of them"),
         ("no medium", r"1 texts with \[0\] of them"),

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from benchmarks import limits
 from geode import tiny_checkpoint
@@ -21,7 +21,7 @@ def test_parts_are_timed_counted_and_put_beside_their_limits(capsys):
     assert parts["lm_head, decoding"]["bytes"] >= 2 * weight.element_size() * weight.numel()
     projector = model.model.multi_modal_projector
     matrices = sum(parameter.numel() for parameter in projector.parameters() if parameter.ndim == 2)
-    tokens = model.config.image_seq_length * 4  # frames
+    tokens = model.config.image_seq_length * AutoProcessor.from_pretrained(tiny_checkpoint()).num_frames
     assert parts["multi_modal_projector"]["flops"] == 2 * tokens * matrices
     for name, row in parts.items():
         by_operations, by_bytes = (

@@ -55,7 +55,7 @@ def write_run(folder: Path, revision: str, **changes) -> Path:
     rows = [("object_counting", "2", "2", 0), ("route_planning", "A", "A", 3), ("route_planning", "B", "C", 3)]
     lines = [
         {
-            "uid": f"q{number}",
+            "id": f"q{number}",
             "scene": f"room_{number // 2}",
             "question_type": kind,
             "prediction": prediction,

@@ -28,8 +28,10 @@ from tests.modeling_geode.common_hub import COMMIT, put_in_hub_cache, run_strang
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "vggt"
 SIZES = json.loads((FIXTURES / "config.json").read_text())["model"]
 CODE = {
+    "checked_files_geode.py",
     "configuration_geode.py",
     "hub_geode.py",
+    "shown_geode.py",
     "vggt_conversion_geode.py",
     "vggt_geode.py",
     "vggt_processing_geode.py",
@@ -154,7 +156,9 @@ def test_processor_alone_carries_its_code(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "preprocessor_config.json",
+        "checked_files_geode.py",
         "hub_geode.py",
+        "shown_geode.py",
         "vggt_processing_geode.py",
         "video_processing_geode.py",
     }

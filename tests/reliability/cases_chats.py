@@ -109,7 +109,7 @@ CASES = (
     Case(_CALL, "a forged `<spatio>`", prompt(text="<spatio>"), ValueError, "it has 1", "leave the markup to the processor"),
     Case(_CALL, "an unknown option", prompt(text="a", foo=1), TypeError, "Unknown options ['foo']", "The processor takes"),
     Case(_CALL, "`num_frames` of 0", scene_prompt(num_frames=0), ValueError, "got 0", "whole number of at least 1"),
-    Case(_CALL, "more rationale tokens than there are", scene_prompt(num_rationale_tokens=99), ValueError, "got 99", "may be at most 8"),
+    Case(_CALL, "more rationale tokens than there are", scene_prompt(num_rationale_tokens=99), ValueError, "got 99", "may be at most 16"),
     Case(_CALL, "`use_geometry` in words", scene_prompt(use_geometry="no"), TypeError, "got 'no'", "must be True or False"),
     Case(_CALL, "`padding_side` of 'top'", prompt(text="a", padding_side="top"), ValueError, "got 'top'", "'left' or 'right'"),
     Case(_CALL, "an encoded scene that is none", prompt(text="<video>", scene=3), TypeError, "got int", "must be a SceneEncoding"),

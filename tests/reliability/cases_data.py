@@ -167,8 +167,8 @@ CASES = (
     Case(_BENCHMARK, "Parquet that is none", benchmark("b.parquet", GARBAGE), ValueError, "cannot be read", "Fetch it again"),
     Case(_BENCHMARK, "a question without truth", benchmark("c.jsonl", json.dumps({**QUESTION, "ground_truth": None})), ValueError, "Row 0 of", "ground_truth"),
     Case(_RUN, "an empty folder", lambda world: write_results(world.folder / "no"), FileNotFoundError, "of a finished run", "Run `geode eval"),
-    Case(_RUN, "`run.json`: garbage", results(run_json=GARBAGE, predictions_jsonl="{}\n"), ValueError, "UnicodeDecodeError", "Write it again"),
-    Case(_RUN, "`run.json`: a list", results(run_json="[]", predictions_jsonl="{}\n"), ValueError, "got []", "Run it again"),
+    Case(_RUN, "`run.json`: garbage", results(run_json=GARBAGE, predictions_jsonl="{}\n"), ValueError, "is damaged", "Remove the folder"),
+    Case(_RUN, "`run.json`: a list", results(run_json="[]", predictions_jsonl=""), ValueError, "got []", "Run it again"),
 )  # fmt: skip
 
 __all__ = ["CASES"]
