@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from geode.data.schemas import CHOICE_POST_PROMPT, NUMBER_POST_PROMPT, PRE_PROMPT
+from geode.data.schemas import CHOICE_POST_PROMPT, NUMBER_POST_PROMPT, PRE_PROMPT, media_path
 from geode.evaluation.vsi_bench.vsi_bench import first_word, mean_relative_accuracy, to_float
 
 
@@ -29,7 +29,7 @@ TASK_OF = {kind: task for task, kinds in TASKS.items() for kind in kinds}
 
 def doc_to_visual(doc: dict) -> list[str]:
     """Return the path of a question's video, below the folder in which lmms-eval runs."""
-    path = Path(doc["video_path"])
+    path = Path(media_path(doc["video_path"]))
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path.absolute()}. Run lmms-eval in the folder of the videos.")
     return [str(path.absolute())]

@@ -76,3 +76,5 @@ def test_unknown_types_and_missing_videos_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"scene_0\.mp4\. Run lmms-eval in the folder of the videos"):
         task.doc_to_visual(row("camera_displacement"))
+    with pytest.raises(ValueError, match=r"\.\./secret\.mp4"):
+        task.doc_to_visual({**row("camera_displacement"), "video_path": "../secret.mp4"})
