@@ -790,7 +790,7 @@ def _scenes_of_texts(scene, texts: Sequence[str], num_videos: int) -> list:
     found = [text.count(VIDEO_PLACEHOLDER) for text in texts]
     if num_videos or len(scenes) != len(texts) or set(found) != {1}:
         raise ValueError(
-            f"`scene` stands in place of videos: one for all texts or one for each, and each text has one "
+            f"`scene` must stand in place of videos: one for all texts or one for each, and each text has one "
             f"`{VIDEO_PLACEHOLDER}`. Got {len(scenes)} scenes and {num_videos} videos for {len(texts)} texts with {found} "
             "of them. Give videos, or scenes, or several scenes as parts of a chat."
         )

@@ -325,7 +325,10 @@ def _unreadable(path: Path, reason: str) -> str:
 
 
 def _open(path: Path):
-    container = av.open(os.fspath(path.absolute()), options={"format_whitelist": _CONTAINER_FORMATS})
+    # Titles and comments may be in any encoding; nobody reads them here.
+    container = av.open(
+        os.fspath(path.absolute()), options={"format_whitelist": _CONTAINER_FORMATS}, metadata_errors="replace"
+    )
     if not container.streams.video:
         container.close()
         raise ValueError(_unreadable(path, "it has no video stream"))
@@ -390,7 +393,9 @@ def _to_upright(frame) -> np.ndarray:
     picture = frame.to_ndarray(format="rgb24")
     quarter_turns, rest = divmod(round(frame.rotation), 90)
     if rest:
-        raise ValueError(f"Only rotations by quarter turns are known, and the video stores {frame.rotation} degrees.")
+        raise ValueError(
+            f"The rotation that a video stores must be by quarter turns, got {frame.rotation} degrees. Encode it again, upright."
+        )
     return np.ascontiguousarray(np.rot90(picture, quarter_turns))
 
 
