@@ -106,6 +106,15 @@ def test_load_video_frames_decodes_exactly_the_sampled_frames(video):
     np.testing.assert_allclose(timestamps_s, [0.1, 0.5, 0.8, 1.1, 1.5, 1.8], atol=1e-6)
 
 
+def test_load_video_frames_reads_a_video_whose_title_is_not_utf8(video, tmp_path):
+    path = tmp_path / "title.mp4"
+    assert b"Lavf" in video.read_bytes()  # the writer's name, a text like a title
+    path.write_bytes(video.read_bytes().replace(b"Lavf", b"\x80avf"))
+    frames, _ = load_video_frames(path, num_frames=2)
+    expected, _ = load_video_frames(video, num_frames=2)
+    assert np.array_equal(np.stack(frames), np.stack(expected))
+
+
 def test_probe_video_counts_frames_and_says_their_size(video, tmp_path):
     (frames, _), *_ = load_frame_sets(str(video), num_frames=[10_000])
     assert probe_video(video) == (len(frames), *frames[0].shape[:2])

@@ -98,3 +98,9 @@ def test_dry_run_in_bf16_needs_no_accelerator():
     assert config.use_cpu is not torch.accelerator.is_available()
     assert config.bf16
     assert not GeodeTrainingConfig("out", use_cpu=False, bf16=False).use_cpu
+
+
+def test_memory_is_pinned_only_for_an_accelerator(tmp_path):
+    """Where there is none, torch would warn of it at every start."""
+    arguments = GeodeTrainingConfig(str(tmp_path), bf16=False)
+    assert arguments.dataloader_pin_memory is torch.accelerator.is_available()
