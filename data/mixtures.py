@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, snapshot_download
 
 from geode.data import readers as _readers
-from geode.data import schemas
+from geode.data import schemas, wordings
 from geode.data.readers import READERS
 from geode.data.readers.common import RECORD_FEATURES
 from geode.data.readers.streams import list_files, read_records
@@ -59,6 +59,8 @@ class MixtureSource:
         options (`dict`, *optional*): Options of the reader, such as `geometry_pattern` of the readers of boxes.
         bare_fraction (`float`, defaults to 0.0): Share of the questions that are asked as people ask them, without the lines that
             VSI-Bench puts before and after a question.
+        reworded_fraction (`float`, defaults to 0.0): Share of the questions about numbers and boxes that are asked in other words
+            than those of VSI-Bench, and in other units; see `geode.data.wordings`.
     """
 
     reader: str
@@ -72,6 +74,7 @@ class MixtureSource:
     skip_missing_media: bool = False
     options: dict | None = None
     bare_fraction: float = 0.0
+    reworded_fraction: float = 0.0
 
     def __post_init__(self):
         if not isinstance(self.reader, str) or self.reader not in READERS:
@@ -92,8 +95,9 @@ class MixtureSource:
             )
         if self.options is not None and not isinstance(self.options, dict):
             raise ValueError(f"`options` of {self.reader} must be a mapping, got {self.options!r}.")
-        for name, most in (("fraction", 1.0), ("weight", float("inf")), ("bare_fraction", 1.0)):
-            value, may_be_zero = getattr(self, name), name == "bare_fraction"
+        limits = {"fraction": 1.0, "weight": float("inf"), "bare_fraction": 1.0, "reworded_fraction": 1.0}
+        for name, most in limits.items():
+            value, may_be_zero = getattr(self, name), name in ("bare_fraction", "reworded_fraction")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             # Beyond the largest float, a whole number of YAML has no finite value.
             if (
@@ -173,6 +177,8 @@ class MixtureSource:
             stream = stream.filter(_ExistingMedia(self.reader, self.media_folder(data_root)))
         if self.bare_fraction:
             stream = stream.map(_bare, fn_kwargs={"seed": seed, "fraction": self.bare_fraction})
+        if self.reworded_fraction:
+            stream = stream.map(_reworded, fn_kwargs={"seed": seed, "fraction": self.reworded_fraction})
         return stream.map(_trusted) if suspect_labels == "keep" else stream
 
 
@@ -379,6 +385,11 @@ def _bare(record: dict, *, seed: int, fraction: float) -> dict:
     return {**record, "prompt": schemas.bare_prompt(record["prompt"])} if is_bare else record
 
 
+def _reworded(record: dict, *, seed: int, fraction: float) -> dict:
+    is_reworded = _is_drawn(record["uid"], fraction, key=f"reworded {seed}")
+    return wordings.reworded(record, seed=seed) if is_reworded else record
+
+
 def _is_drawn(uid: str, fraction: float, *, key: str) -> bool:
     digest = hashlib.blake2b(uid.encode(), digest_size=8, key=key.encode()).digest()
     return int.from_bytes(digest, "big") < fraction * _HASH_SPAN
@@ -424,7 +435,12 @@ def _stamp(source: MixtureSource, root: Path) -> str:
     files = [root / file for file in list_files(source.reader, root, source.data_files)]
     files += [file for file in others if file.is_file()]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    code = sorted([Path(schemas.__file__), Path(answers_geode.__file__), *Path(_readers.__file__).parent.glob("*.py")])
+    code = sorted(
+        [
+            *(Path(part.__file__) for part in (schemas, wordings, answers_geode)),
+            *Path(_readers.__file__).parent.glob("*.py"),
+        ]
+    )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()
     return json.dumps([digest, stamps])
 

@@ -424,7 +424,7 @@ def _pattern(form: str) -> re.Pattern:
     return re.compile("(.+)".join(re.escape(text) for text in form.split("{}")))
 
 
-_PATTERNS = {
+PATTERNS = {
     "object_counting": _pattern(COUNTING),
     "object_abs_distance": _pattern(DISTANCE),
     "object_size_estimation": _pattern(SIZE),
@@ -461,7 +461,7 @@ def subjects_of(question_type: str, text: str) -> list[str]:
 
     ```
     """
-    match = _PATTERNS[question_type].fullmatch(text) if question_type in _PATTERNS else None
+    match = PATTERNS[question_type].fullmatch(text) if question_type in PATTERNS else None
     if match is None:
         raise ValueError(
             f"`text` must be a question of type {question_type!r} in this package's wording, got {text!r}."

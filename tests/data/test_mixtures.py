@@ -14,6 +14,7 @@ import geode.data.mixtures as mixtures
 from geode.data.mixtures import Mixture, MixtureSource, mixture_path
 from geode.data.readers.common import RECORD_FEATURES
 from geode.data.schemas import Record, bare_prompt
+from geode.data.synthetic_rooms.questions import COUNTING
 from tests.data.common_mixtures import make_data, vsi_row, write_lines
 
 
@@ -122,6 +123,27 @@ def test_fraction_takes_its_share_of_rows_and_smaller_ones_are_nested(data):
     assert abs(len(tenth) - 30) < 21
     assert tenth < half
     assert taken(0.5, seed=1) != half
+
+
+def test_reworded_fraction_asks_its_share_in_other_words(tmp_path):
+    rows = [{"video": "a.mp4", "prompt": COUNTING.format("chair"), "answer": number % 5 + 2} for number in range(200)]
+    rows += [{"video": "a.mp4", "prompt": "How many chairs?", "answer": 3} for _ in range(20)]
+    write_lines(tmp_path / "mine" / "train.jsonl", rows)
+
+    def records(**options):
+        source = MixtureSource(reader="jsonl", path="mine", **options)
+        return {record["uid"]: record for record in source.stream(tmp_path)}
+
+    plain, some, every = records(), records(reworded_fraction=0.5), records(reworded_fraction=1.0)
+    known = {uid for uid in plain if every[uid]["prompt"] != plain[uid]["prompt"]}
+    changed = {uid for uid in plain if some[uid] != plain[uid]}
+    assert plain.keys() == some.keys()
+    assert len(known) == 200
+    assert changed < known
+    assert all(some[uid] == every[uid] for uid in changed)
+    # Four standard deviations of the binomial.
+    assert abs(len(changed) - 100) < 2 * 200**0.5
+    assert all(every[uid]["value_si"] == plain[uid]["value_si"] for uid in plain)
 
 
 def test_bare_fraction_takes_the_benchmarks_lines_from_its_share_of_prompts(data):
@@ -248,6 +270,10 @@ def test_from_yaml_takes_the_name_of_its_file(tmp_path):
         ("sources: [{reader: vica, path: x, fraction: 1.5}]", "got 1.5"),
         ("sources: [{reader: vica, path: x, fraction: 1e-1}]", "got '1e-1'"),  # YAML reads this as text
         ("sources: [{reader: vica, path: x, weight: -1}]", "`weight` of vica"),
+        (
+            "sources: [{reader: vica, path: x, reworded_fraction: -0.1}]",
+            r"`reworded_fraction` of vica must lie in \[0, 1\], got -0.1",
+        ),
         (
             "sources: [{reader: vica, path: x, bare_fraction: 2}]",
             r"`bare_fraction` of vica must lie in \[0, 1\], got 2",
