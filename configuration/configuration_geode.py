@@ -276,6 +276,8 @@ class GeodeDrmConfig(_CheckedConfig):
             that starts at zero.
         camera_queries (`bool`, defaults to `False`): The 2D features, which are the queries of the cross-attention, also hold
             the camera that took their frame, and so the rays of their patches (docs/decisions/0008).
+        point_queries (`bool`, defaults to `False`): With `camera_queries`, they also hold the position where the ray of their
+            patch meets the cloud (docs/decisions/0012).
     """
 
     model_type = "geode_drm"
@@ -297,11 +299,14 @@ class GeodeDrmConfig(_CheckedConfig):
     question_conditioned: bool = False
     inject_features: bool = False
     camera_queries: bool = False
+    point_queries: bool = False
     layer_norm_eps: float = 1e-6
 
     def validate_architecture(self):
-        """Sizes are positive and widths divide into heads."""
+        """Sizes are positive, widths divide into heads, and rays come from cameras."""
         _check_divisible(self, "hidden_size", "num_attention_heads")
+        if self.point_queries and not self.camera_queries:
+            raise ValueError("`point_queries` needs `camera_queries`, got false. Set both, or neither.")
         _check_positive(
             self,
             "num_cross_attention_layers",

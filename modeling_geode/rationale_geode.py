@@ -16,6 +16,7 @@ from .geometry_geode import farthest_point_indices
 from .mamba_geode import GeodeMambaLayer
 
 
+SEEN_VOXELS = 0.6  # a ray meets the points within so many voxels
 CAMERA_POSE_DIM = 11  # centre 3, two rotation columns 6, horizontal and vertical field of view 2
 
 
@@ -51,6 +52,56 @@ def fourier_features(values: torch.Tensor, num_frequencies: int, longest: float)
     octaves = 2.0 ** torch.arange(num_frequencies, device=values.device, dtype=torch.float32)
     angles = (2 * math.pi * values.unsqueeze(-1) * octaves).flatten(-2)
     return torch.cat([values, angles.sin(), angles.cos()], dim=-1)
+
+
+@torch.no_grad()
+def positions_seen(
+    camera_poses: torch.Tensor,
+    patch_grid: tuple[int, int],
+    positions: torch.Tensor,
+    point_mask: torch.Tensor,
+    *,
+    radius: float,
+) -> torch.Tensor:
+    """
+    Find what each patch of a frame shows, in a sparse cloud: how far along the ray of its centre the nearest surface is.
+
+    The nearest of the points within `radius` of a ray says where the surface begins. Points count by their distances from the ray and
+    behind that point, and their mean depth is that of the surface. Where no point is within `radius`, those nearest to the ray decide;
+    where none is before the camera, the camera's centre is given.
+
+    Args:
+        camera_poses (`torch.Tensor` of shape `(num_scenes, num_frames, 11)`): One camera for each frame; see `encode_camera_poses`.
+        patch_grid (`tuple[int, int]`): Rows and columns of patches, which cover a frame.
+        positions (`torch.Tensor` of shape `(num_scenes, num_points, 3)`): Scene frame, metres.
+        point_mask (`torch.BoolTensor` of shape `(num_scenes, num_points)`): Valid points.
+        radius (`float`): In metres; a little more than half of what lies between points.
+
+    Returns:
+        `torch.Tensor` of shape `(num_scenes, num_frames, rows * columns, 3)`: Positions in the scene frame, in float32.
+    """
+    centers, right, down, fov = camera_poses.float().split([3, 3, 3, 2], dim=-1)
+    axes = torch.stack([right, down, torch.linalg.cross(right, down)], dim=-2)  # (N, F, axis, 3)
+    sides = [(torch.arange(count, device=fov.device) + 0.5) / count * 2 - 1 for count in reversed(patch_grid)]
+    slopes = [half[:, None] * side for half, side in zip((fov / 2).tan().flatten(0, 1).unbind(-1), sides, strict=True)]
+    slopes = [side.unflatten(0, fov.shape[:2]) for side in slopes]  # (N, F, columns) and (N, F, rows)
+    depths = []
+    for frame in range(camera_poses.shape[1]):  # one at a time: patches times points are many
+        seen = (positions.float() - centers[:, frame, None]) @ axes[:, frame].transpose(1, 2)
+        x, y, depth = (side[:, None] for side in seen.unbind(-1))  # (N, 1, P)
+        across, along = ((side[:, frame, :, None] * depth) for side in slopes)
+        gaps = (y - along).square()[:, :, None] + (x - across).square()[:, None]  # (N, rows, columns, P)
+        depth, valid = depth[:, None], ((depth > 0) & point_mask[:, None])[:, None]
+        nearest = depth.masked_fill(~(valid & (gaps < radius**2)), torch.inf).amin(dim=-1, keepdim=True)
+        closeness = -2 * gaps / radius**2 - (depth - nearest).clamp(min=0) / radius
+        weights = closeness.masked_fill(~valid, torch.finfo(closeness.dtype).min).softmax(dim=-1)
+        depths.append((weights * valid * depth).sum(dim=-1))
+    depths = torch.stack(depths, dim=1)
+    rays = torch.stack(
+        [slopes[0][:, :, None].expand_as(depths), slopes[1][..., None].expand_as(depths), torch.ones_like(depths)],
+        dim=-1,
+    )
+    return (depths[..., None] * rays).flatten(2, 3) @ axes + centers[:, :, None]
 
 
 class GeodeCrossAttentionLayer(GradientCheckpointingLayer):
@@ -178,6 +229,8 @@ class GeodeRationaleModule(nn.Module):
         drm = config.drm_config
         self.config = drm
         self.patch_grid = config.patch_grid
+        # Points of the coarsest stage lie one voxel apart.
+        self.seen_radius = SEEN_VOXELS * config.point_config.grid_size * math.prod(config.point_config.stride)
         self.query_projection = nn.Linear(config.vision_config.hidden_size, drm.hidden_size)
         self.time_projection = nn.Linear(2 * drm.num_position_frequencies + 1, drm.hidden_size, bias=False)
         self.context_encoder = GeodeContextEncoder(config)
@@ -210,21 +263,39 @@ class GeodeRationaleModule(nn.Module):
         return self.time_projection(features.to(self.time_projection.weight.dtype))
 
     def embed_frame_cameras(
-        self, frame_mask: torch.Tensor, camera_poses: torch.Tensor, camera_mask: torch.Tensor
+        self,
+        frame_mask: torch.Tensor,
+        camera_poses: torch.Tensor,
+        camera_mask: torch.Tensor,
+        positions: torch.Tensor,
+        point_mask: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Embed for each frame the camera that is nearest in time; see `embed_times` and, for the arguments, `forward`.
+        Embed for each frame the camera that is nearest in time, and with `point_queries` what each of its patches shows.
+
+        Args:
+            frame_mask (`torch.BoolTensor` of shape `(num_scenes, num_frames)`): See `forward`, also for the two that follow.
+            camera_poses (`torch.Tensor` of shape `(num_scenes, num_cameras, 11)`): Cameras.
+            camera_mask (`torch.BoolTensor` of shape `(num_scenes, num_cameras)`): Valid cameras.
+            positions (`torch.Tensor` of shape `(num_scenes, num_points, 3)`): Of the points of the context.
+            point_mask (`torch.BoolTensor` of shape `(num_scenes, num_points)`): Valid points.
 
         Returns:
-            `torch.Tensor` of shape `(num_scenes, num_frames, hidden_size)`; the learned no-camera token where a scene has none.
+            `torch.Tensor` of shape `(num_scenes, num_frames, 1 or num_patches, hidden_size)`; the learned no-camera token where a
+            scene has none.
         """
         num_frames, num_cameras = (mask.sum(dim=1, keepdim=True) for mask in (frame_mask, camera_mask))
         frames = torch.arange(frame_mask.shape[1], device=frame_mask.device)
         # Whole numbers: floor((i + 1/2) / num_frames * num_cameras)
         nearest = (2 * frames + 1) * num_cameras // (2 * num_frames.clamp(min=1))
         nearest = nearest.minimum((num_cameras - 1).clamp(min=0))
-        cameras = self.context_encoder.embed_cameras(camera_poses).take_along_dim(nearest[..., None], dim=1)
-        return torch.where(num_cameras[..., None] > 0, cameras, self.context_encoder.no_camera_token.to(cameras))
+        poses = camera_poses.take_along_dim(nearest[..., None], dim=1)
+        embedded = self.context_encoder.embed_cameras(poses)[:, :, None]
+        if self.config.point_queries:
+            seen = positions_seen(poses, self.patch_grid, positions, point_mask, radius=self.seen_radius)
+            embedded = embedded + self.context_encoder.embed_positions(seen)
+        absent = self.context_encoder.no_camera_token.to(embedded)
+        return torch.where(num_cameras[..., None, None] > 0, embedded, absent)
 
     def thin_context(
         self, features: torch.Tensor, positions: torch.Tensor, offset: torch.Tensor
@@ -308,7 +379,7 @@ class GeodeRationaleModule(nn.Module):
         )
         queries = self.query_projection(visual_features.to(dtype)) + self.embed_times(frame_mask)[:, :, None]
         if self.config.camera_queries:
-            queries = queries + self.embed_frame_cameras(frame_mask, camera_poses, camera_mask)[:, :, None]
+            queries = queries + self.embed_frame_cameras(frame_mask, camera_poses, camera_mask, positions, point_mask)
         num_frames = queries.shape[1]
         fused = queries.flatten(1, 2)  # (N, F * patches, d)
         for layer in self.cross_attention_layers:

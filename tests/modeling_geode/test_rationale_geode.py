@@ -5,9 +5,15 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import set_seed
 
-from geode.modeling_geode.rationale_geode import GeodeFeatureInjection, GeodeRationaleModule, fourier_features
+from geode.modeling_geode.rationale_geode import (
+    GeodeFeatureInjection,
+    GeodeRationaleModule,
+    fourier_features,
+    positions_seen,
+)
 from tests.modeling_geode.common_geode import tiny_config
 
 
@@ -192,15 +198,23 @@ def test_frames_and_cameras_each_carry_their_time(length, monkeypatch):
     assert (module(**inputs).rationale_features - before).abs().max() > 2e-5
 
 
+def embed_cameras(module: GeodeRationaleModule, inputs: dict) -> torch.Tensor:
+    _, positions, mask = module.thin_context(
+        *(inputs[f"point_{name}"] for name in ("features", "positions", "offset"))
+    )
+    cameras = (inputs[name] for name in ("frame_mask", "camera_poses", "camera_mask"))
+    return module.embed_frame_cameras(*cameras, positions, mask)
+
+
 def test_camera_queries_are_the_cameras_nearest_in_time():
     module, inputs = make_module(camera_queries=True), make_inputs(num_frames=3, num_cameras=5)
     inputs["frame_mask"] = torch.tensor([[True, True, True], [True, True, False]])
     inputs["camera_mask"] = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    embedded = module.embed_frame_cameras(*(inputs[name] for name in ("frame_mask", "camera_poses", "camera_mask")))
+    embedded = embed_cameras(module, inputs)
     # Three frames at 1/6, 1/2 and 5/6 fall into fifths 0, 2 and 4 of the clip; two at 1/4 and 3/4 into thirds 0 and 2.
     cameras = module.context_encoder.embed_cameras(inputs["camera_poses"])
-    torch.testing.assert_close(embedded[0], cameras[0, [0, 2, 4]])
-    torch.testing.assert_close(embedded[1, :2], cameras[1, [0, 2]])
+    torch.testing.assert_close(embedded[0, :, 0], cameras[0, [0, 2, 4]])
+    torch.testing.assert_close(embedded[1, :2, 0], cameras[1, [0, 2]])
     plain = make_module()
     plain.load_state_dict(module.state_dict())
     assert (module(**inputs).fused_features - plain(**inputs).fused_features).abs().max() > 2e-5
@@ -209,8 +223,8 @@ def test_camera_queries_are_the_cameras_nearest_in_time():
 def test_camera_queries_without_cameras_are_the_learned_token():
     module, inputs = make_module(camera_queries=True), make_inputs()
     inputs["camera_mask"] = torch.tensor([[True, True], [False, False]])
-    embedded = module.embed_frame_cameras(*(inputs[name] for name in ("frame_mask", "camera_poses", "camera_mask")))
-    assert torch.equal(embedded[1], module.context_encoder.no_camera_token.expand(3, -1))
+    embedded = embed_cameras(module, inputs)
+    assert torch.equal(embedded[1, :, 0], module.context_encoder.no_camera_token.expand(3, -1))
     hidden = module(**inputs).fused_features
     moved = module(**{**inputs, "camera_poses": inputs["camera_poses"] + 1}).fused_features
     torch.testing.assert_close(moved[1], hidden[1])
@@ -224,3 +238,61 @@ def test_camera_queries_of_a_padded_scene_equal_those_alone():
     torch.testing.assert_close(
         module(**padded).rationale_features, module(**short).rationale_features, atol=1e-5, rtol=1e-5
     )
+
+
+# One camera at (5, 6, 7) that looks along +y with 90 degrees each way; its patches are 2 x 2.
+POSE = torch.tensor([5.0, 6, 7, 1, 0, 0, 0, 0, -1, math.pi / 2, math.pi / 2])
+
+
+def seen(points: list[list[float]], mask: list[bool] | None = None, radius: float = 0.4) -> torch.Tensor:
+    mask = torch.tensor(mask or [True] * len(points))
+    return positions_seen(POSE[None, None], (2, 2), torch.tensor([points]), mask[None], radius=radius)[0, 0]
+
+
+def test_a_patch_shows_the_nearest_surface_on_its_ray():
+    # Hand-derived: the rays of the four centres go through (+-1/2, 1, +-1/2), upper left first.
+    wall = [[5 + x, 10.0, 7 + z] for x in (-2.0, 2.0) for z in (2.0, -2.0)]
+    expected = torch.tensor([[3.0, 10, 9], [7, 10, 9], [3, 10, 5], [7, 10, 5]])
+    torch.testing.assert_close(seen(wall), expected)
+    # A thing half way before the lower right of it; what is behind the camera shows nothing, nor what is masked.
+    thing = [6.0, 8, 6]
+    found = seen([*wall, thing, [5.0, 2, 7], [4.0, 8, 8]], [True] * 6 + [False])
+    torch.testing.assert_close(found[3], torch.tensor(thing), atol=0.03, rtol=0)
+    torch.testing.assert_close(found[:3], expected[:3])
+
+
+def test_where_no_point_is_near_a_ray_the_nearest_to_it_decide():
+    # Depth 4, far to the side: the patch's point is on its ray, at that depth.
+    torch.testing.assert_close(seen([[7.0, 10, 9]])[2], torch.tensor([3.0, 10, 5]))
+    behind, masked = seen([[5.0, 2, 7]]), seen([[5.0, 9, 7]], [False])
+    assert torch.equal(behind, POSE[:3].expand(4, 3))
+    assert torch.equal(masked, behind)
+
+
+def test_point_queries_hold_what_each_patch_shows():
+    module, inputs = make_module(camera_queries=True, point_queries=True), make_inputs()
+    plain = make_module(camera_queries=True)
+    plain.load_state_dict(module.state_dict())
+    assert (module(**inputs).fused_features - plain(**inputs).fused_features).abs().max() > 2e-5
+    extra = embed_cameras(module, inputs) - embed_cameras(plain, inputs)
+    _, positions, mask = module.thin_context(
+        *(inputs[f"point_{name}"] for name in ("features", "positions", "offset"))
+    )
+    poses = inputs["camera_poses"][:, [0, 1, 1]]
+    expected = positions_seen(poses, module.patch_grid, positions, mask, radius=module.seen_radius)
+    torch.testing.assert_close(extra, module.context_encoder.embed_positions(expected), atol=1e-5, rtol=1e-5)
+    for scene in range(2):
+        alone = module(**scene_of(inputs, scene)).fused_features
+        torch.testing.assert_close(module(**inputs).fused_features[scene], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_point_queries_without_cameras_are_the_learned_token():
+    module, inputs = make_module(camera_queries=True, point_queries=True), make_inputs()
+    inputs["camera_mask"] = torch.tensor([[True, True], [False, False]])
+    embedded = embed_cameras(module, inputs)
+    assert torch.equal(embedded[1], module.context_encoder.no_camera_token.expand(3, PATCHES, -1))
+
+
+def test_point_queries_need_camera_queries():
+    with pytest.raises(StrictDataclassClassValidationError, match=r"`point_queries` needs `camera_queries`"):
+        tiny_config(drm_config={"point_queries": True})
