@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 BOX_DIM = 8
 LOG_AREA_MEAN = 3.0
-MIN_PATCH_SHARE = 0.15  # of a pooled patch, for the box of its object to be learned
+MIN_PATCH_SHARE = 0.03  # of a pooled patch, for the box of its object to be learned
+MIN_SCENE_SHARE = 1e-3  # of one pooled patch: what all patches together show less of, they do not show
 MAX_INSTANCES = 256
 # Weights of the terms beside the boxes of the look-up, which have 1.
-WEIGHTS = {"box": 1.0, "presence": 0.3, "count": 0.3, "first": 0.3, "area": 0.3, "patch_class": 0.3, "patch_box": 1.0}
+WEIGHTS = {"box": 1.0, "presence": 0.3, "count": 1.0, "first": 0.3, "area": 0.3, "patch_class": 0.3, "patch_box": 1.0}
 
 
 @dataclass(kw_only=True)
@@ -50,8 +51,9 @@ class LookupScene:
         boxes (`torch.Tensor` of shape `(num_classes, 8)`): Encoded box of the classes that have one instance.
         first_seen (`torch.Tensor` of shape `(num_classes,)`): When each is first seen, as a share of the film.
         area (`torch.Tensor` of shape `()`): Standardised logarithm of the floor's area.
-        patch_classes (`torch.Tensor` of shape `(num_tokens, num_classes)`): Share of each class in each fused feature's patches.
-        patch_boxes (`torch.Tensor` of shape `(num_tokens, 8)`): Encoded box of the object that has most of them.
+        patch_classes (`torch.Tensor` of shape `(num_tokens, num_classes)`): Share of each class in what each fused feature's
+            patches show, where each object counts by the part of it that is there: small ones as much as large ones.
+        patch_boxes (`torch.Tensor` of shape `(num_tokens, 8)`): Encoded box of the object of which the largest part is there.
         patch_mask (`torch.BoolTensor` of shape `(num_tokens,)`): Where there is one.
     """
 
@@ -129,16 +131,19 @@ def lookup_targets(
         first[row] = min(float(first[row]), seen)
     pixels = F.one_hot(instance_ids.long(), MAX_INSTANCES).float().permute(0, 3, 1, 2)
     shares = F.adaptive_avg_pool2d(pixels, grid).flatten(2).transpose(1, 2).flatten(0, 1)
+    # By pixels alone a ball would never be more than a part of some sofa's patches.
+    parts = shares / shares.sum(dim=0).clamp(min=MIN_SCENE_SHARE)
     # Objects alone: the room is never a patch's object.
-    most, instance = (shares * (class_of != BACKGROUND)).max(dim=1)
+    most, instance = (parts * (class_of != BACKGROUND) * (shares >= MIN_PATCH_SHARE)).max(dim=1)
+    classes_of_patches = parts @ F.one_hot(class_of, len(classes)).float()
     return {
         "counts": counts,
         "boxes": boxes,
         "first_seen": first,
         "area": torch.tensor(math.log(record["room"]["area_m2"]) - LOG_AREA_MEAN),
-        "patch_classes": shares @ F.one_hot(class_of, len(classes)).float(),
+        "patch_classes": classes_of_patches / classes_of_patches.sum(dim=1, keepdim=True),
         "patch_boxes": box_of[instance],
-        "patch_mask": most >= MIN_PATCH_SHARE,
+        "patch_mask": most > 0,
     }
 
 

@@ -208,6 +208,7 @@ def make_config(processor: GeodeProcessor) -> GeodeConfig:
             "max_context_tokens": MAX_CONTEXT_TOKENS,
             "inject_features": True,
             "camera_queries": True,
+            "point_queries": True,
         },
         drh_config={"uncertainty": True},
         reconstructor_config=None,

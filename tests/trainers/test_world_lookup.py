@@ -48,12 +48,26 @@ def test_lookup_targets_are_counts_boxes_first_frames_and_shares():
     torch.testing.assert_close(targets["boxes"][1], torch.tensor(BED))
     assert targets["first_seen"].tolist() == [1.0, 0.25, 0.5, 1.0]
     assert targets["area"].item() == pytest.approx(math.log(20.0) - 3.0)
-    # The piano is no class, so it belongs to the room.
-    shares = [[0.25, 0.75, 0, 0], [1.0, 0, 0, 0], [0.75, 0, 0.25, 0], [0.25, 0, 0.75, 0]]
-    assert targets["patch_classes"].tolist() == shares
+    # The piano is no class, so it belongs to the room. Hand-derived: all of the bed, and half of the piano's pixels, are in the first
+    # feature; 3 of the room's 7 pixels in the third.
+    shares = [[1 / 3, 2 / 3, 0, 0], [1.0, 0, 0, 0], [0.3, 0, 0.7, 0], [1 / 3, 0, 2 / 3, 0]]
+    torch.testing.assert_close(targets["patch_classes"], torch.tensor(shares))
     assert targets["patch_mask"].tolist() == [True, False, True, True]
     torch.testing.assert_close(targets["patch_boxes"][0], torch.tensor(BED))
     assert targets["patch_boxes"][2:, 1].tolist() == [2.0, 0.0]  # of the two chairs, the one that is shown
+
+
+def test_the_object_of_a_patch_is_the_one_of_which_most_is_there():
+    # Three of four pixels of the third feature are the bed's, which fills two others; the fourth is all that is seen of a chair.
+    ids = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 1]], [[1, 1, 0, 0], [1, 4, 0, 0]]], dtype=torch.uint8)
+    targets = lookup_targets(RECORD, ids, classes=CLASSES, entry=ENTRY, grid=(1, 2))
+    assert targets["patch_boxes"][:, 1].tolist() == [1.0, 1.0, 2.0, 0.0]
+    # 1 / 1 of the chair beside 3 / 11 of the bed.
+    torch.testing.assert_close(targets["patch_classes"][2], torch.tensor([0, 3 / 14, 11 / 14, 0]))
+    # Less than 3 % of a patch is not learned.
+    ids = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    ids[0, 0, 0] = 4
+    assert not lookup_targets(RECORD, ids, classes=CLASSES, entry=ENTRY, grid=(1, 1))["patch_mask"].any()
 
 
 def test_lookup_losses_are_those_of_a_loop():
