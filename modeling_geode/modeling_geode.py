@@ -44,6 +44,12 @@ STAGE_2_PREFIXES = ("drh.", "model.feature_injection.", "feature_injection.")
 class _QuickOutput(ModelOutput):
     """A model output that looks a field up; the library's lists all of them for each, at every step of decoding."""
 
+    def __post_init__(self):
+        # What it checks is the class, and what it sets is set: once for each class is enough.
+        if "_is_checked" not in type(self).__dict__:
+            super().__post_init__()
+            type(self)._is_checked = True
+
     def __setattr__(self, name, value):
         if value is not None and name in type(self).__dataclass_fields__:
             OrderedDict.__setitem__(self, name, value)
@@ -281,8 +287,8 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`; got both or neither.")
-        media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        media = {name: value for name, value in media.items() if value is not None}
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
         features = {}
         if media_embeds is None:
             inputs_embeds, features = self.embed_inputs(
