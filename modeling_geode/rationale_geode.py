@@ -87,7 +87,8 @@ def positions_seen(
     slopes = [side.unflatten(0, fov.shape[:2]) for side in slopes]  # (N, F, columns) and (N, F, rows)
     depths = []
     for frame in range(camera_poses.shape[1]):  # one at a time: patches times points are many
-        seen = (positions.float() - centers[:, frame, None]) @ axes[:, frame].transpose(1, 2)
+        # Sums instead of matrix products, which autocast would round to some centimetres.
+        seen = ((positions.float() - centers[:, frame, None])[:, :, None] * axes[:, frame, None]).sum(dim=-1)
         x, y, depth = (side[:, None] for side in seen.unbind(-1))  # (N, 1, P)
         across, along = ((side[:, frame, :, None] * depth) for side in slopes)
         gaps = (y - along).square()[:, :, None] + (x - across).square()[:, None]  # (N, rows, columns, P)
@@ -101,7 +102,8 @@ def positions_seen(
         [slopes[0][:, :, None].expand_as(depths), slopes[1][..., None].expand_as(depths), torch.ones_like(depths)],
         dim=-1,
     )
-    return (depths[..., None] * rays).flatten(2, 3) @ axes + centers[:, :, None]
+    rays = (depths[..., None] * rays).flatten(2, 3)  # in the camera's frame
+    return (rays[..., None] * axes[:, :, None]).sum(dim=-2) + centers[:, :, None]
 
 
 class GeodeCrossAttentionLayer(GradientCheckpointingLayer):

@@ -261,6 +261,13 @@ def test_a_patch_shows_the_nearest_surface_on_its_ray():
     torch.testing.assert_close(found[:3], expected[:3])
 
 
+def test_autocast_does_not_round_what_a_patch_shows():
+    points = [[3.11, 10.07, 9.02], [7.03, 9.93, 8.98], [3.01, 10.05, 5.03], [6.93, 9.97, 5.01]]
+    expected = seen(points)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(seen(points), expected, atol=1e-6, rtol=0)
+
+
 def test_where_no_point_is_near_a_ray_the_nearest_to_it_decide():
     # Depth 4, far to the side: the patch's point is on its ray, at that depth.
     torch.testing.assert_close(seen([[7.0, 10, 9]])[2], torch.tensor([3.0, 10, 5]))
