@@ -15,6 +15,13 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
+from .input_checks_geode import (
+    check_learned,
+    check_no_placeholders,
+    check_prompt,
+    check_tensors,
+    check_token_values,
+)
 from .shared_prefix_geode import SharedPrefixCache, run_rows
 
 
@@ -141,7 +148,9 @@ class GeodeGenerationMixin(GenerationMixin):
             [`GeodeGenerateOutput`], whose values equal those of a teacher-forced forward over the same sequence.
 
         Raises:
-            ValueError: If assisted decoding is combined with `drh_config.value_feedback`.
+            TypeError: If an argument is no tensor, or holds another kind of numbers.
+            ValueError: If the prompt and its media do not fit together, or assisted decoding is combined with
+                `drh_config.value_feedback`.
         """
 
         def option(name):
@@ -151,23 +160,14 @@ class GeodeGenerationMixin(GenerationMixin):
             return None
 
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        self._check_prompt(input_ids, kwargs)
         history, feedback = kwargs.pop("regression_targets", None), kwargs.pop("feedback_values", None)
+        is_assisted = any(option(name) is not None for name in ASSISTED_OPTIONS) or bool(option("use_mtp"))
+        state = self._feedback_state(input_ids, history, feedback, option("num_beams") or 1, is_assisted)
         self._merge_media_once(input_ids, kwargs)
         kwargs["logits_processor"] = self._forbid_placeholders(logits_processor)
-        is_assisted = any(option(name) is not None for name in ASSISTED_OPTIONS) or bool(option("use_mtp"))
-        if self.config.drh_config.value_feedback:
-            if is_assisted:
-                raise ValueError(
-                    "Assisted decoding cannot feed values back: candidates are proposed before a value is known. Generate "
-                    "without an assistant, or use a model with `drh_config.value_feedback=False`."
-                )
-            if input_ids is None:
-                raise ValueError(
-                    "`drh_config.value_feedback` needs `input_ids` to find control tokens; got `inputs_embeds`."
-                )
-            kwargs["feedback_state"] = ValueFeedback(
-                history if feedback is None else feedback, option("num_beams") or 1
-            )
+        if state is not None:
+            kwargs["feedback_state"] = state
         returns_dict, user_states = option("return_dict_in_generate"), option("output_hidden_states")
         if not returns_dict and "feedback_state" not in kwargs:
             return super().generate(inputs, generation_config, **kwargs)
@@ -258,6 +258,35 @@ class GeodeGenerationMixin(GenerationMixin):
             state.update(outputs)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
+    def _feedback_state(self, input_ids, history, feedback, rows_per_sample, is_assisted) -> ValueFeedback | None:
+        """What carries values from step to step; None if the model feeds none back."""
+        if not self.config.drh_config.value_feedback:
+            if feedback is not None:
+                raise ValueError("`feedback_values` were given, but `drh_config.value_feedback` is false. Drop them.")
+            return None
+        if is_assisted:
+            raise ValueError(
+                "Assisted decoding cannot feed values back: candidates are proposed before a value is known. Generate "
+                "without an assistant, or use a model with `drh_config.value_feedback=False`."
+            )
+        if input_ids is None:
+            raise ValueError(
+                "`drh_config.value_feedback` needs `input_ids` to find control tokens; got `inputs_embeds`."
+            )
+        values = {"regression_targets": history, "feedback_values": feedback}
+        check_learned(self.config, self.drh.max_dim, input_ids, **values)
+        return ValueFeedback(history if feedback is None else feedback, rows_per_sample)
+
+    def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
+        """Raise unless the prompt is one: later steps trust it."""
+        inputs_embeds = kwargs.get("inputs_embeds")
+        if input_ids is not None:
+            check_tensors({"input_ids": input_ids}, self.config)
+            check_token_values(input_ids, self.config)
+        if input_ids is not None or inputs_embeds is not None:
+            others = {name: kwargs.get(name) for name in ("attention_mask", "past_key_values", "media_embeds")}
+            check_prompt(self.config, input_ids if inputs_embeds is None else None, inputs_embeds, **others)
+
     def _merge_media_once(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         """
         Replace media in `kwargs` by the embeddings that stand for them.
@@ -273,11 +302,18 @@ class GeodeGenerationMixin(GenerationMixin):
             if value is not None and not (isinstance(value, dict) and not value)
         }
         has_content = any(not name.endswith("_mask") and not name.startswith("vision_feature") for name in media)
-        if not has_content:
-            return
         inputs_embeds = kwargs.get("inputs_embeds")
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else cache.get_seq_length()
+        if not has_content:
+            if input_ids is not None and inputs_embeds is None and kwargs.get("media_embeds") is None:
+                check_no_placeholders(input_ids[:, start:], self.config)
+            return
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError(
+                f"Media need the tokens whose placeholders they fill, got no `input_ids` beside {sorted(media)}. Give what the "
+                "processor returns as `**inputs`."
+            )
         types = kwargs.get("mm_token_type_ids")
         if start and input_ids is not None:
             placeholders = torch.tensor([self.config.image_token_id, self.config.rationale_token_id])

@@ -15,16 +15,20 @@ from transformers.utils.output_capturing import select_hidden_states
 from geode.configuration.configuration_geode import GeodeConfig
 
 from .collation_geode import CLOUD_INPUTS, TOKEN_INPUTS, collate_scenes
+from .input_checks_geode import check_encoder_outputs, check_finite, check_tensors
 from .media_inputs_geode import (
     PackedPoints,
     check_counts,
     check_form,
+    check_layer,
     check_media,
     check_pixels,
     check_scene_inputs,
     clouds_to_pack,
     join_clouds,
     pack_tokens,
+    scatter,
+    summary_of,
     valid_frames,
     valid_points,
 )
@@ -167,6 +171,7 @@ class GeodeMediaMixin:
                 f"the last two {expected} for this model, got {tuple(video_features.shape)}."
             )
         mask = valid_frames(video_features, video_frame_mask, scene_mask)
+        check_finite("`video_features`", video_features[mask], "Compute the features of that video again.")
         return self._with_scene_tokens(BaseModelOutputWithPooling(), video_features[mask].to(self.dtype), mask)
 
     def _with_scene_tokens(self, outputs, patches: torch.Tensor, mask: torch.Tensor):
@@ -305,7 +310,16 @@ class GeodeMediaMixin:
         device = video_hidden_states.device
         cloud = (point_features, point_coords, point_grid_coords)
         tokens = (point_tokens, point_token_positions)
-        check_form(cloud, tokens, (batch_size, num_scenes))
+        sizes = {"batch_size": batch_size, "num_scenes": num_scenes, "num_frames": num_frames}
+        check_form(cloud, tokens)
+        check_tensors(
+            dict(zip((*CLOUD_INPUTS, *TOKEN_INPUTS), (*cloud, *tokens), strict=True))
+            | {"point_mask": point_mask, "point_token_mask": point_token_mask, "video_frame_mask": video_frame_mask}
+            | {"camera_poses": camera_poses, "camera_mask": camera_mask, "scene_mask": scene_mask}
+            | {"log_scale": log_scale, "scale_known": scale_known},
+            self.config,
+            **sizes,
+        )
 
         def or_default(tensor, *shape, value, dtype):
             return torch.full(shape, value, dtype=dtype, device=device) if tensor is None else tensor.to(device)
@@ -320,6 +334,10 @@ class GeodeMediaMixin:
         log_scale = or_default(log_scale, batch_size, num_scenes, value=0.0, dtype=torch.float32)
         scale_known = or_default(scale_known, batch_size, num_scenes, value=known, dtype=torch.bool)
         check_counts("frames", scenes, frame_mask)
+        check_finite(
+            "`camera_poses`", camera_poses[scenes], "Leave out cameras that lost tracking; fill padding with 0."
+        )
+        check_finite("`log_scale`", log_scale[scenes & scale_known], "Where it is unknown, `scale_known` is False.")
         if point_tokens is None:
             points = self._encode_points(*cloud, point_mask, scenes)
         else:
@@ -481,7 +499,7 @@ class GeodeMediaMixin:
                 geometry = reconstruct_with_vggt(
                     images, self._required_reconstructor(), max_points=self.config.max_points
                 )
-        check_scene_inputs(inputs)
+        check_scene_inputs(inputs, self.config)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         names = ("geometry_frames", "geometry_frame_mask", "geometry_content_boxes")
         for_reconstructor = {name: inputs.pop(name) for name in names if name in inputs}
@@ -496,7 +514,7 @@ class GeodeMediaMixin:
         return SceneEncoding(
             visual_tokens=tokens,
             rationale_tokens=tokens.new_zeros(0, tokens.shape[-1]) if rationale is None else rationale[0, 0],
-            summary=_summary(inputs) if geometry is None else geometry.summary(),
+            summary=summary_of(inputs) if geometry is None else geometry.summary(),
             encoder_digest=self.encoder_digest(),
         )
 
@@ -573,12 +591,20 @@ class GeodeMediaMixin:
             image_positions = visual & (mm_token_type_ids == IMAGE_TOKEN_TYPE)
             scene_positions = visual & (mm_token_type_ids == SCENE_TOKEN_TYPE)
         if image_features is not None:
-            inputs_embeds = _scatter(inputs_embeds, image_positions, image_features, "Image")
+            inputs_embeds = scatter(inputs_embeds, image_positions, image_features, "Image")
         if scene_features is not None:
-            inputs_embeds = _scatter(inputs_embeds, scene_positions, scene_features, "Video")
+            inputs_embeds = scatter(inputs_embeds, scene_positions, scene_features, "Video")
+        if image_features is None and scene_features is None:
+            torch_compilable_check(
+                ~visual.any(),
+                lambda: (
+                    f"The input has {int(visual.sum())} visual placeholders, but no images, frames or features of them. Give "
+                    "`pixel_values`, `pixel_values_videos` or `video_features`."
+                ),
+            )
         if rationale_features is not None:
             selected = self._select_rationale_tokens(rationale.sum(dim=1), rationale_features, scene_mask)
-            inputs_embeds = _scatter(inputs_embeds, rationale, selected, "Rationale")
+            inputs_embeds = scatter(inputs_embeds, rationale, selected, "Rationale")
         elif image_features is not None or scene_features is not None:
             torch_compilable_check(
                 ~rationale.any(),
@@ -638,6 +664,9 @@ class GeodeMediaMixin:
         features, merged = {}, inputs_embeds
         # Every step of decoding comes here without media.
         if any(value is not None for name, value in media.items() if name != "use_visual_tokens"):
+            given = {"mm_token_type_ids": mm_token_type_ids, "scene_mask": scene_mask, **media}
+            rows, length = inputs_embeds.shape[:2]
+            check_tensors(given, self.config, batch_size=rows, sequence_length=length)
             features = self.encode_media(scene_mask=scene_mask, **media)
             merged = self.merge_media(
                 inputs_embeds, input_ids, mm_token_type_ids=mm_token_type_ids, scene_mask=scene_mask, **features
@@ -698,7 +727,9 @@ class GeodeMediaMixin:
             `dict[str, torch.Tensor | None]`: `image_features` and `scene_features` of shape `(num_tokens, hidden_size)`, and
             `rationale_features` of shape `(batch_size, num_scenes, num_rationale_tokens, hidden_size)`.
         """
-        given = dict(mm_encoder_outputs or {})
+        check_encoder_outputs(mm_encoder_outputs or {})
+        check_layer(vision_feature_layer, self.config.vision_config.num_hidden_layers)
+        given = mm_encoder_outputs or {}
         if given.get("encoder_digest") is not None:
             check_encoder_digest(given["encoder_digest"], self.encoder_digest())
         check_media(pixel_values_videos, video_features, vision_feature_layer, vision_feature_select_strategy)
@@ -728,6 +759,8 @@ class GeodeMediaMixin:
         if frames is not None and rationale_features is None:
             geometry |= self.reconstruct(frames, frame_mask, scene_mask, boxes)
         fused_features = None
+        if rationale_features is not None:
+            check_finite("`rationale_features`", rationale_features, "Compute them again.")
         if geometry.keys() & {*CLOUD_INPUTS, *TOKEN_INPUTS} and rationale_features is None:
             if video is None:
                 raise ValueError(
@@ -755,42 +788,8 @@ class GeodeMediaMixin:
         tokens = torch.cat(list(video.pooler_output)) if len(video.pooler_output) else None
         if tokens is None or self.feature_injection is None or fused_features is None:
             return tokens
-        mask = torch.ones(fused_features.shape[:3], dtype=torch.bool, device=fused_features.device)
-        if video_frame_mask is not None:
-            mask = mask & video_frame_mask
-        if scene_mask is not None:
-            mask = mask & scene_mask[..., None]
+        mask = valid_frames(fused_features, video_frame_mask, scene_mask)
         return tokens + self.feature_injection(fused_features[mask]).flatten(0, 1).to(tokens)
-
-
-def _scatter(inputs_embeds: torch.Tensor, positions: torch.Tensor, features: torch.Tensor, kind: str) -> torch.Tensor:
-    torch_compilable_check(
-        positions.sum() == features.shape[0],
-        lambda: (
-            f"{kind} features and {kind.lower()} placeholders do not match: {features.shape[0]} features, "
-            f"{int(positions.sum())} placeholders."
-        ),
-    )
-    return inputs_embeds.masked_scatter(positions[..., None], features.to(inputs_embeds))
-
-
-def _summary(inputs: dict[str, torch.Tensor]) -> dict:
-    """Facts about a scene whose geometry came as tensors, as far as they hold them; empty without geometry."""
-    if "point_token_positions" in inputs:
-        facts = {}  # means of many points say neither how many there were nor how far they reached
-    elif "point_coords" in inputs:
-        points = inputs["point_coords"][0, 0]
-        if "point_mask" in inputs:
-            points = points[inputs["point_mask"][0, 0]]
-        extent = points.max(dim=0).values - points.min(dim=0).values
-        facts = {"num_points": len(points), "extent": extent.tolist()}
-    else:
-        return {}
-    if "camera_mask" in inputs:
-        facts["num_cameras"] = int(inputs["camera_mask"].sum())
-    if "scale_known" in inputs:
-        facts["is_metric"] = bool(inputs["scale_known"].all())
-    return facts
 
 
 __all__ = ["GeodeMediaMixin", "GeodeMultiModalProjector", "pixel_shuffle"]

@@ -4,11 +4,12 @@
 from typing import NamedTuple
 
 import torch
+from transformers.utils import torch_compilable_check
 
-from geode.configuration.configuration_geode import SonataConfig
+from geode.configuration.configuration_geode import GeodeConfig, SonataConfig
 
 from .collation_geode import CLOUD_INPUTS, TOKEN_INPUTS
-from .rationale_geode import CAMERA_POSE_DIM
+from .input_checks_geode import check_finite, check_tensors
 from .serialization_geode import serialization_depth
 
 
@@ -79,8 +80,8 @@ def check_counts(name: str, scenes: torch.Tensor, mask: torch.Tensor) -> None:
         )
 
 
-def check_form(cloud: tuple, tokens: tuple, lead: tuple[int, int]) -> None:
-    """Raise unless the geometry of scenes is complete in one of its two forms, and is that of as many scenes."""
+def check_form(cloud: tuple, tokens: tuple) -> None:
+    """Raise unless the geometry of scenes is complete in one of its two forms."""
     forms = (dict(zip(CLOUD_INPUTS, cloud, strict=True)), dict(zip(TOKEN_INPUTS, tokens, strict=True)))
     given = [name for form in forms for name, tensor in form.items() if tensor is not None]
     if given not in [list(form) for form in forms]:
@@ -88,13 +89,15 @@ def check_form(cloud: tuple, tokens: tuple, lead: tuple[int, int]) -> None:
             f"The geometry of scenes must be {list(forms[0])}, or {list(forms[1])} in their place, got {given}. "
             "Give all of one form and none of the other."
         )
-    form = forms[0] if given[0] in forms[0] else forms[1]
-    for name, tensor in form.items():
-        if tuple(tensor.shape[:2]) != lead:
-            raise ValueError(
-                f"`{name}` must have leading shape {lead}, one cloud for each scene of the frames in "
-                f"`pixel_values_videos` or `video_features`, got {tuple(tensor.shape)}."
-            )
+
+
+def check_layer(layer: int | None, num_layers: int) -> None:
+    """Raise unless the vision tower has states of this layer: those of its embeddings, then of each of its layers."""
+    if layer is not None and (not isinstance(layer, int) or not -num_layers - 1 <= layer <= num_layers):
+        raise ValueError(
+            f"`vision_feature_layer` must lie in {-num_layers - 1} to {num_layers} for a vision tower of {num_layers} layers, got "
+            f"{layer!r}. Leave it out for that of the configuration."
+        )
 
 
 def check_media(pixel_values_videos, video_features, vision_feature_layer, vision_feature_select_strategy) -> None:
@@ -124,7 +127,7 @@ _SCENE_INPUTS = frozenset(
 )
 
 
-def check_scene_inputs(inputs: dict) -> None:
+def check_scene_inputs(inputs: dict, config: GeodeConfig) -> None:
     """Raise unless these are tensors that the processor's `prepare_scene` returns, of one scene."""
     unknown = sorted(inputs.keys() - _SCENE_INPUTS)
     if unknown:
@@ -142,23 +145,30 @@ def check_scene_inputs(inputs: dict) -> None:
         )
     if tuple(frames.shape[:2]) != (1, 1):
         raise ValueError(f"`encode_scene` takes one scene, got {frames.shape[0]} samples of {frames.shape[1]} scenes.")
-    voxels, poses = inputs.get("point_grid_coords"), inputs.get("camera_poses")
-    if voxels is not None and voxels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"`point_grid_coords` must hold whole numbers, torch.int64, got {voxels.dtype}.")
-    if poses is not None and (poses.ndim != 4 or poses.shape[-1] != CAMERA_POSE_DIM):
-        raise ValueError(
-            f"`camera_poses` must have shape (1, 1, num_cameras, {CAMERA_POSE_DIM}), got {tuple(poses.shape)}."
-        )
+    check_tensors(inputs, config)
 
 
 def check_pixels(pixel_values: torch.Tensor, image_size) -> None:
-    """Raise unless images have the size of the vision tower."""
+    """Raise unless images have the size of the vision tower, and numbers."""
     expected = (3, *image_size)
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(
             f"Images must have shape (num_images, {', '.join(map(str, expected))}) for this model, got "
             f"{tuple(pixel_values.shape)}. `GeodeProcessor` resizes them."
         )
+    check_finite("Pixels of images", pixel_values, "Decode them again, and check what normalises them.")
+
+
+def scatter(inputs_embeds: torch.Tensor, positions: torch.Tensor, features: torch.Tensor, kind: str) -> torch.Tensor:
+    """Put features, `(num_tokens, hidden_size)`, in the places of their placeholders; raise unless there are as many."""
+    torch_compilable_check(
+        positions.sum() == features.shape[0],
+        lambda: (
+            f"{kind} features and {kind.lower()} placeholders do not match: {features.shape[0]} features, "
+            f"{int(positions.sum())} placeholders. Give tokens and media of the same chats, as `GeodeProcessor` returns both."
+        ),
+    )
+    return inputs_embeds.masked_scatter(positions[..., None], features.to(inputs_embeds))
 
 
 def valid_frames(frames: torch.Tensor, video_frame_mask, scene_mask) -> torch.Tensor:
@@ -180,22 +190,42 @@ def valid_points(tensors: dict[str, torch.Tensor], mask: torch.Tensor | None, sc
     check_counts("points", scenes, mask)
     keep = scenes[..., None] & mask
     for name, tensor in tensors.items():
-        if not tensor[keep].isfinite().all():
-            raise ValueError(
-                f"`{name}` must be finite, got {int((~tensor[keep].isfinite()).sum())} values that are not, of "
-                f"{tensor[keep].numel()}. Drop those points, or mask them."
-            )
+        check_finite(f"`{name}`", tensor[keep], "Drop those points, or mask them.")
     return keep
+
+
+def summary_of(inputs: dict[str, torch.Tensor]) -> dict:
+    """Facts about a scene whose geometry came as tensors, as far as they hold them; empty without geometry."""
+    if "point_token_positions" in inputs:
+        facts = {}  # means of many points say neither how many there were nor how far they reached
+    elif "point_coords" in inputs:
+        points = inputs["point_coords"][0, 0]
+        if "point_mask" in inputs:
+            points = points[inputs["point_mask"][0, 0]]
+        extent = points.max(dim=0).values - points.min(dim=0).values
+        facts = {"num_points": len(points), "extent": extent.tolist()}
+    else:
+        return {}
+    if "camera_mask" in inputs:
+        facts["num_cameras"] = int(inputs["camera_mask"].sum())
+    if "scale_known" in inputs:
+        facts["is_metric"] = bool(inputs["scale_known"].all())
+    return facts
 
 
 __all__ = [
     "PackedPoints",
     "check_counts",
     "check_form",
+    "check_layer",
     "check_media",
+    "check_pixels",
+    "check_scene_inputs",
     "clouds_to_pack",
     "join_clouds",
     "pack_tokens",
+    "scatter",
+    "summary_of",
     "valid_frames",
     "valid_points",
 ]

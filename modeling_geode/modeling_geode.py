@@ -22,6 +22,13 @@ from geode.configuration.configuration_geode import GeodeConfig
 from .asking_geode import GeodeAskingMixin
 from .generation_geode import MEDIA_INPUTS, GeodeGenerationMixin
 from .hub_geode import GeodeHubModel
+from .input_checks_geode import (
+    check_learned,
+    check_no_placeholders,
+    check_prompt,
+    check_token_values,
+    is_decoding_step,
+)
 from .mamba_geode import GeodeMambaMixer, init_mamba_weights
 from .media_geode import GeodeMediaMixin, GeodeMultiModalProjector
 from .quantization_geode import check_weights_are_readable, quantize_language_model_only
@@ -284,9 +291,30 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
 
         Returns:
             [`GeodeModelOutputWithPast`]
+
+        Raises:
+            TypeError: If an argument is no tensor, or holds another kind of numbers.
+            ValueError: If sizes do not fit together, placeholders have no media, or values are none that can be meant. A single
+                token behind a cache is not checked.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`; got both or neither.")
+        is_step = is_decoding_step(input_ids, past_key_values)
+        if not is_step:
+            check_prompt(
+                self.config,
+                input_ids,
+                inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                media_embeds=media_embeds,
+                feedback_embeds=feedback_embeds,
+            )
+        # On another device each forward would wait for them to be read; `generate` reads its prompt once.
+        reads_tokens = not is_step and input_ids is not None and input_ids.device.type == "cpu"
+        if reads_tokens:
+            check_token_values(input_ids, self.config)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
         features = {}
@@ -294,6 +322,8 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
             inputs_embeds, features = self.embed_inputs(
                 input_ids, inputs_embeds, mm_token_type_ids=mm_token_type_ids, **media
             )
+            if reads_tokens and all(tensor is None for tensor in features.values()):
+                check_no_placeholders(input_ids, self.config)
         else:
             # `generate` merged the media beforehand; only the placeholders' embeddings are theirs.
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -480,7 +510,13 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeAskingMixin, Geod
 
         Returns:
             [`GeodeCausalLMOutputWithPast`]
+
+        Raises:
+            TypeError: As [`GeodeModel`] does.
+            ValueError: As [`GeodeModel`] does, and if labels or values are not aligned with the tokens.
         """
+        learned = {"labels": labels, "regression_targets": regression_targets, "feedback_values": feedback_values}
+        check_learned(self.config, self.drh.max_dim, input_ids, inputs_embeds, **learned)
         if feedback_embeds is None and self.config.drh_config.value_feedback and input_ids is not None:
             fed = regression_targets if feedback_values is None else feedback_values
             if fed is not None:

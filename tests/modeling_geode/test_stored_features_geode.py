@@ -263,7 +263,9 @@ def test_tokens_of_other_scenes_are_refused():
     model = make_model()
     inputs = stored(model, two_scenes(model.config))
     inputs |= {name: inputs[name][:, :1] for name in TOKENS}
-    with pytest.raises(ValueError, match=r"`point_tokens` must have leading shape \(2, 2\), .*got \(2, 1, "):
+    with pytest.raises(
+        ValueError, match=r"`point_tokens` must have shape \(batch_size=2, num_scenes=2, .*got \(2, 1, "
+    ):
         model(**inputs)
 
 

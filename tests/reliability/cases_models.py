@@ -82,7 +82,7 @@ CASES = (
     Case(_ENCODE, "points of NaN", lambda world: encoded(point_coords=world.scene_inputs["point_coords"] * torch.nan)(world), ValueError, "values that are not", "Drop those points"),
     Case(_ENCODE, "voxels in floating point", lambda world: encoded(point_grid_coords=world.scene_inputs["point_grid_coords"].float())(world), TypeError, "got torch.float32", "must hold whole numbers"),
     Case(_ENCODE, "voxels beyond 16 bits", lambda world: encoded(point_grid_coords=world.scene_inputs["point_grid_coords"] * 10**6)(world), ValueError, "000000", "use larger voxels"),
-    Case(_ENCODE, "cameras of wrong shape", encoded(camera_poses=torch.zeros(1, 1, 2, 3)), ValueError, "got (1, 1, 2, 3)", "(1, 1, num_cameras, 11)"),
+    Case(_ENCODE, "cameras of wrong shape", encoded(camera_poses=torch.zeros(1, 1, 2, 3)), ValueError, "got (1, 1, 2, 3)", "(batch_size=1, num_scenes=1, num_cameras, 11)"),
     Case(_ASK, "a scene that is none", lambda world: world.model.ask(world.processor, "a.safetensors", ["a"]), TypeError, "got str", "`model.encode_scene(**processor.prepare_scene("),
     Case(_ASK, "no processor", lambda world: world.model.ask(None, world.scene, ["a"]), TypeError, "got NoneType", "must be the model's GeodeProcessor"),
     Case(_ASK, "a scene of other encoders", lambda world: world.model.ask(world.processor, dataclasses.replace(world.scene, encoder_digest="x"), ["a"]), ValueError, "its `encoder_digest` is x", "Encode it again"),

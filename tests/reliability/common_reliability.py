@@ -68,6 +68,22 @@ class World:
         return dict(self.processor.prepare_scene(self.video, geometry=self.geometry, num_frames=1))
 
     @cached_property
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Two chats, each with an image, a scene of one frame and a question, as the processor makes a batch of them."""
+        media = [
+            {"type": "image", "image": PICTURE},
+            {"type": "video", "path": self.video, "geometry": self.geometry},
+        ]
+        chats = [
+            [{"role": "user", "content": [*media, {"type": "text", "text": text}]}] for text in ("How far?", "Where?")
+        ]
+        return dict(
+            self.processor.apply_chat_template(
+                chats, tokenize=True, return_dict=True, add_generation_prompt=True, padding=True, num_frames=1
+            )
+        )
+
+    @cached_property
     def scene(self) -> SceneEncoding:
         return self.model.encode_scene(**self.scene_inputs)
 

@@ -10,13 +10,14 @@ python -m tests.reliability.page
 from itertools import groupby
 from pathlib import Path
 
-from tests.reliability import cases_chats, cases_data, cases_models, cases_scenes
+from tests.reliability import cases_chats, cases_data, cases_models, cases_scenes, cases_tensors
 from tests.reliability.common_reliability import Case, ExitCode2
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 TEXT = Path(__file__).with_name("page.md")
-CASES: tuple[Case, ...] = (*cases_chats.CASES, *cases_scenes.CASES, *cases_models.CASES, *cases_data.CASES)
+MODULES = (cases_chats, cases_scenes, cases_tensors, cases_models, cases_data)
+CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 
 def cell(text: str) -> str:

@@ -33,7 +33,7 @@ IN_THE_TABLE = {
     "GeodeDrmConfig": "Configurations",
     "SonataConfig": "Configurations",
     "VggtConfig": "Configurations",
-    "GeodeForConditionalGeneration": "`model.ask`",
+    "GeodeForConditionalGeneration": "`model.forward`",
     "GeodeProcessor": "`GeodeProcessor`",
     "SceneEncoding": "`SceneEncoding`",
     "SceneGeometry": "`SceneGeometry`",
