@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `geode push`, `geode check` and `geode card` do, and what `geode export` adds to the files of a model."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import RepoCard
 
+from geode.hub_cards.adapter_check import ADAPTER_CONFIG
 from geode.hub_cards.check import check
 from geode.hub_cards.facts import FACTS, CardFacts, read_facts
 from geode.hub_cards.manifest import MANIFEST, write_manifest
@@ -135,7 +137,7 @@ def push(
         ValueError: See `push_folder` and `export_model`; or if facts are given for a folder that has its card.
     """
     folder = Path(source)
-    is_ready = repo_type != "model" or any((folder / name).is_file() for name in (MANIFEST, "adapter_config.json"))
+    is_ready = repo_type != "model" or any((folder / name).is_file() for name in (MANIFEST, ADAPTER_CONFIG))
     if is_ready and (facts is not None or results):
         raise ValueError(
             f"`facts` and `results` are for a model that is not exported yet, and {source} is. Leave them out."
@@ -162,18 +164,21 @@ def pin_snippet(card: Path, tag: str | None) -> None:
         card.write_text(text.replace('revision = "main"', f'revision = "{tag}"', 1), encoding="utf-8", newline="\n")
 
 
-def print_report(source: str | os.PathLike, *, revision: str | None = None) -> int:
+def print_report(
+    source: str | os.PathLike, *, revision: str | None = None, base: str | os.PathLike | None = None
+) -> int:
     """
     Check a folder or repository, and print what is wrong, a line each.
 
     Args:
         source (`str` or `os.PathLike`): See `geode.hub_cards.check.check`.
         revision (`str`, *optional*): See there.
+        base (`str` or `os.PathLike`, *optional*): See there.
 
     Returns:
         `int`: 1 if anything is wrong, else 0.
     """
-    report = check(source, revision=revision)
+    report = check(source, revision=revision, base=base)
     for note in report.notes:
         print(f"note: {note}")
     for problem in report.problems:
@@ -201,7 +206,8 @@ def write_card(
 
     Raises:
         FileNotFoundError: If folder, facts or results are missing.
-        ValueError: If the facts are not complete, there are none, or results have no place on the card.
+        ValueError: If the facts are not complete, there are none, they name another base model than the adapter does, or results have
+            no place on the card.
     """
     from geode.hub_cards.cards import build_adapter_card, build_dataset_card, build_metric_card
 
@@ -225,6 +231,7 @@ def write_card(
     found = read_facts(FACTS / f"{METRIC}.yaml" if facts is None else facts, kind)
     if kind == "adapter":
         card, parts = build_adapter_card(folder, found, results=results), [found.base_model]
+        _name_base(folder / ADAPTER_CONFIG, found.base_model)
         copy_results(folder, results)
     elif kind == "dataset":
         card, parts = build_dataset_card(folder, found), found.data
@@ -233,6 +240,23 @@ def write_card(
         _write_metric(folder, found)
     complete(folder, card, found.license, parts, is_recorded=kind == "adapter")
     print(f"card: {folder / 'README.md'}")
+
+
+def _name_base(path: Path, base: Part) -> None:
+    """Let the settings of an adapter name the base model that its card states, where training has left a path or no commit."""
+    if not base.is_on_hub:
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    stated = {"base_model_name_or_path": base.source, "revision": base.revision}
+    for key, value in stated.items():
+        known = settings.get(key)
+        if value is None or known in (None, "", value) or (key != "revision" and not Part(key, known, None).is_on_hub):
+            continue
+        raise ValueError(
+            f"`base_model` of the facts is {base.source!r} at {base.revision!r}, and {path} has {known!r} as `{key}`. Correct the facts."
+        )
+    settings |= {key: value for key, value in stated.items() if value is not None}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_metric(folder: Path, facts: CardFacts) -> None:

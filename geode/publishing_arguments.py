@@ -35,11 +35,12 @@ def add_commands(commands) -> None:
         "check",
         help="check a folder or repository as a stranger would find it",
         description="Check a folder, or a repository on the Hub: pickles and access tokens in its files, the recorded hashes, the card, and "
-        "then whether it loads and its snippet runs where this package is not installed. That runs its code. One line for each "
-        "problem; exit code 1 if there is one.",
+        "then whether it loads and its snippet runs where this package is not installed. That runs its code. An adapter is compared "
+        "with its base model and loaded on it instead. One line for each problem; exit code 1 if there is one.",
     )
     check.add_argument("source", metavar="DIR_OR_ID", help="a folder, or a name on the Hub")
     check.add_argument("--revision", help="branch, tag or commit of a name on the Hub")
+    check.add_argument("--base", metavar="DIR", help="of an adapter: the folder of its base model")
     check.set_defaults(run=_run_check)
 
     card = commands.add_parser(
@@ -77,7 +78,7 @@ def _run_push(arguments: argparse.Namespace) -> None:
 def _run_check(arguments: argparse.Namespace) -> int:
     from geode.publishing import print_report
 
-    return print_report(arguments.source, revision=arguments.revision)
+    return print_report(arguments.source, revision=arguments.revision, base=arguments.base)
 
 
 def _run_card(arguments: argparse.Namespace) -> None:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`geode check`: whether a folder or repository is whole, safe to open, honest about itself, and runs without this package."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
+from geode.hub_cards.adapter_check import ADAPTER_CONFIG, CARD_AGAIN, check_adapter, check_on_base
 from geode.hub_cards.contents import find_danger
 from geode.hub_cards.manifest import MANIFEST, hash_file, read_header, recorded_files, recorded_terms
+from geode.hub_cards.problems import Problem, Report, read_json
 from geode.hub_cards.terms import Part, combined_terms
 
 
@@ -24,38 +24,22 @@ _CODE_OF_OTHERS = "--"  # in `auto_map`, between a repository and its module
 _SNIPPET = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 
 
-class Problem(NamedTuple):
-    """One thing that is wrong: where, what, and what to do."""
-
-    where: str
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {' '.join(self.what.split())}. {self.remedy}."
-
-
-class Report(NamedTuple):
-    """What a check has found; `notes` say what was done or left undone."""
-
-    problems: list[Problem]
-    notes: list[str]
-
-
-def check(source: str | os.PathLike, *, revision: str | None = None) -> Report:
+def check(source: str | os.PathLike, *, revision: str | None = None, base: str | os.PathLike | None = None) -> Report:
     """
     Check a folder, or a repository on the Hub.
 
     Args:
         source (`str` or `os.PathLike`): A folder with `README.md` or `config.json`, or a name on the Hub, which is downloaded.
         revision (`str`, *optional*): Branch, tag or commit of a name on the Hub.
+        base (`str` or `os.PathLike`, *optional*): Of an adapter, the folder of its base model.
 
     Returns:
-        [`Report`]: Of files and card; and of a run of its code, unless something is wrong that makes it unsafe.
+        [`Report`]: Of files and card; and of a run of its code, or of an adapter on its base model, unless something is wrong that
+        makes it unsafe.
 
     Raises:
-        FileNotFoundError: If there is neither a folder nor a repository of this name.
-        ValueError: If `revision` is given for a folder.
+        FileNotFoundError: If there is neither a folder nor a repository of this name, or no model in `base`.
+        ValueError: If `revision` is given for a folder, or `base` for what is no adapter.
     """
     text = os.fspath(source)
     if Path(text).is_dir():
@@ -63,11 +47,11 @@ def check(source: str | os.PathLike, *, revision: str | None = None) -> Report:
             raise ValueError(
                 f"`revision` is for names on the Hub, got {revision!r} for the folder {text!r}. Leave it out."
             )
-        return _check(Path(text), is_on_hub=False)
+        return _check(Path(text), base, is_on_hub=False)
     if text.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder at {text!r}.")
     disable_progress_bars()
-    return _check(Path(snapshot_download(text, revision=revision)), is_on_hub=True)
+    return _check(Path(snapshot_download(text, revision=revision)), base, is_on_hub=True)
 
 
 def check_files(folder: Path) -> list[Problem]:
@@ -80,15 +64,20 @@ def check_files(folder: Path) -> list[Problem]:
     Returns:
         `list[Problem]`: What is wrong.
     """
-    return [
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    problems = [
         *check_contents(folder),
-        *_check_weights(folder),
+        *(check_adapter(folder) if is_adapter else _check_weights(folder)),
         *_check_manifest(folder),
         *_check_code(folder),
         *_check_card(folder),
         *_check_results(folder),
         *_check_presence(folder),
     ]
+    if not is_adapter:
+        return problems
+    # What is said of models and adapters alike speaks of the command for models.
+    return [problem._replace(remedy=problem.remedy.replace(EXPORT_AGAIN, CARD_AGAIN)) for problem in problems]
 
 
 def check_contents(folder: Path) -> list[Problem]:
@@ -121,7 +110,12 @@ def snippet_of(folder: Path) -> str | None:
     return None if found is None else found[1]
 
 
-def _check(folder: Path, *, is_on_hub: bool) -> Report:
+def _check(folder: Path, base: str | os.PathLike | None, *, is_on_hub: bool) -> Report:
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if base is not None and not is_adapter:
+        raise ValueError(
+            f"`base` is for adapters, got {os.fspath(base)!r} for a folder without {ADAPTER_CONFIG}. Leave it out."
+        )
     problems, notes = check_files(folder), []
     if is_on_hub and (folder / "README.md").is_file():
         try:
@@ -130,8 +124,10 @@ def _check(folder: Path, *, is_on_hub: bool) -> Report:
             problems.append(Problem("README.md", f"the Hub refuses its header: {error}", "Correct the header"))
     else:
         notes.append("the header of the card was read here; the Hub itself checks it when it is uploaded")
-    if (folder / "adapter_config.json").is_file():
-        notes.append("not run: an adapter needs its base model and this package")
+    if is_adapter:
+        found, done = check_on_base(folder, base, is_on_hub=is_on_hub, is_sound=not problems)
+        problems += found
+        notes += done
     elif problems:
         notes.append("not run: its code is run only where nothing is wrong with its files")
     else:
@@ -164,7 +160,7 @@ def _check_weights(folder: Path) -> Iterator[Problem]:
         yield Problem("*.safetensors", "there are no weights", EXPORT_AGAIN)
     if not index.is_file():
         return
-    document = _read_json(index)
+    document = read_json(index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict):
         yield Problem(index.name, "it has no `weight_map`", EXPORT_AGAIN)
@@ -182,7 +178,7 @@ def _check_weights(folder: Path) -> Iterator[Problem]:
 
 
 def _check_manifest(folder: Path) -> Iterator[Problem]:
-    document = _read_json(folder / MANIFEST)
+    document = read_json(folder / MANIFEST)
     tables = [document.get(name) for name in ("code", "files")] if isinstance(document, dict) else [None]
     if not all(isinstance(table, dict) for table in tables):
         what = "is missing" if not (folder / MANIFEST).is_file() else "cannot be read"
@@ -206,7 +202,7 @@ def _check_manifest(folder: Path) -> Iterator[Problem]:
 
 def _check_code(folder: Path) -> Iterator[Problem]:
     """Check that `auto_map` leads to classes, and every import within the folder to a file."""
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return
     for name in (*_CONFIGS, "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -219,7 +215,7 @@ def _check_code(folder: Path) -> Iterator[Problem]:
 
 
 def _check_auto_map(folder: Path, name: str, *, is_needed: bool) -> Iterator[Problem]:
-    document = _read_json(folder / name)
+    document = read_json(folder / name)
     if not isinstance(document, dict):
         yield Problem(name, "it is no object in JSON", EXPORT_AGAIN)
         return
@@ -265,7 +261,7 @@ def _check_card(folder: Path) -> Iterator[Problem]:
 
 
 def _check_terms(folder: Path, card: ModelCard) -> Iterator[Problem]:
-    document, stated = _read_json(folder / MANIFEST), card.data.license
+    document, stated = read_json(folder / MANIFEST), card.data.license
     if not isinstance(document, dict) or not isinstance(stated, str):
         return
     try:
@@ -300,10 +296,10 @@ def _check_results(folder: Path) -> Iterator[Problem]:
 
 
 def _check_presence(folder: Path) -> Iterator[Problem]:
-    document = _read_json(folder / "config.json")
+    document = read_json(folder / "config.json")
     model_type = document.get("model_type") if isinstance(document, dict) else None
     needed = {"LICENSE": "licence", "config.json": "configuration"}
-    if model_type == "geode" and not (folder / "adapter_config.json").is_file():
+    if model_type == "geode" and not (folder / ADAPTER_CONFIG).is_file():
         needed["generation_config.json"] = "generation configuration"
         needed |= {"processor_config.json": "processor", "tokenizer.json": "tokenizer"}
     elif model_type == "geode_vggt":
@@ -311,14 +307,6 @@ def _check_presence(folder: Path) -> Iterator[Problem]:
     for name, what in needed.items():
         if not (folder / name).is_file():
             yield Problem(name, f"the {what} is missing", EXPORT_AGAIN)
-
-
-def _read_json(path: Path) -> object:
-    """Return what a JSON file holds; None if there is none or it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _classes(path: Path) -> set[str]:

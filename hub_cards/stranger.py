@@ -75,19 +75,42 @@ def run_as_stranger(folder: str | os.PathLike, snippet: str, *, timeout_s: float
         work = Path(place) / "work"
         write_inputs(work)
         link_packages(Path(place) / "site", BARE)
-        hidden = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
-        environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        environment |= {"HF_HOME": f"{place}/hf", "HF_MODULES_CACHE": f"{place}/modules", "HF_HUB_OFFLINE": "1"}
+        environment = bare_environment(place)
         environment["GEODE_CHECKED_FOLDER"] = str(folder)
         environment["GEODE_CHECK_SITE"] = f"{place}/site"
         # Without `site`, no package is found but those that are linked.
         command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", LOADER + code]
-        try:
-            result = subprocess.run(
-                command, cwd=work, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_s
-            )
-        except subprocess.TimeoutExpired:
-            return Outcome("the run", f"it took more than {timeout_s:g} s", "")
+        return run_steps(command, cwd=work, environment=environment, timeout_s=timeout_s)
+
+
+def bare_environment(place: str | os.PathLike) -> dict[str, str]:
+    """Return this process's environment without the access token, with the client's caches in a folder of their own and offline."""
+    hidden = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    return environment | {"HF_HOME": f"{place}/hf", "HF_MODULES_CACHE": f"{place}/modules", "HF_HUB_OFFLINE": "1"}
+
+
+def run_steps(
+    command: Sequence[str], *, cwd: str | os.PathLike, environment: dict[str, str], timeout_s: float
+) -> Outcome:
+    """
+    Run a program that says on lines `step: ...` what it is about to do.
+
+    Args:
+        command (`Sequence[str]`): Program and arguments.
+        cwd (`str` or `os.PathLike`): Its working folder.
+        environment (`dict[str, str]`): Its environment.
+        timeout_s (`float`): Longest time.
+
+    Returns:
+        [`Outcome`]: What failed, and what was printed after the last step was said.
+    """
+    try:
+        result = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome("the run", f"it took more than {timeout_s:g} s", "")
     step, printed = "starting", []
     for line in result.stdout.splitlines():
         if line.startswith("step: "):
@@ -148,4 +171,13 @@ def write_inputs(folder: Path) -> None:
     shutil.copytree(embedded_scene() / "geometry", folder / "geometry")
 
 
-__all__ = ["BARE", "NAME_LINE", "Outcome", "link_packages", "run_as_stranger", "write_inputs"]
+__all__ = [
+    "BARE",
+    "NAME_LINE",
+    "Outcome",
+    "bare_environment",
+    "link_packages",
+    "run_as_stranger",
+    "run_steps",
+    "write_inputs",
+]

@@ -122,9 +122,11 @@ def complete_peft_config(peft_config: LoraConfig, model: GeodeForConditionalGene
 
     Returns:
         `LoraConfig`: A copy, whose adapter is on the language model alone, beside which projector, regression head and the rows
-        of the control tokens train.
+        of the control tokens train; it names the commit of a base model from the Hub.
     """
     peft_config = copy.deepcopy(peft_config)
+    if peft_config.revision is None:
+        peft_config.revision = getattr(model.config, "_commit_hash", None)
     if peft_config.target_modules is None:
         peft_config.target_modules = LORA_TARGETS
     if peft_config.modules_to_save is None:

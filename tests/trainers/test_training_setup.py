@@ -2,14 +2,26 @@
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from torch import nn
 
+import geode
 from geode.data.mixtures import Mixture, MixtureSource
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
+from geode.trainers.drm_files import drm_origin
 from geode.trainers.packing import ScenePacks
 from geode.trainers.stage2_config import GeodeStage2Config
-from geode.trainers.training_setup import as_packs, freeze_except, frozen_modules, keep_in_eval, media_folders
+from geode.trainers.stage2_trainer import complete_peft_config
+from geode.trainers.training_setup import (
+    as_packs,
+    freeze_except,
+    frozen_modules,
+    keep_in_eval,
+    load_model,
+    media_folders,
+)
 from tests.modeling_geode.common_geode import tiny_config
+from tests.modeling_geode.common_hub import COMMIT, put_in_hub_cache
 from tests.trainers.common_collator import make_records
 from tests.trainers.common_training import settings
 
@@ -92,3 +104,17 @@ def test_as_packs_packs_records_and_leaves_packs(tmp_path):
 def test_frozen_modules_of_a_model_that_trains_are_none():
     assert frozen_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == []
     assert frozen_modules(nn.Linear(2, 2).requires_grad_(False))[0].in_features == 2
+
+
+@pytest.mark.parametrize("overrides", [None, {"drm_config": {"question_conditioned": False}}])
+def test_load_model_keeps_the_commit_and_an_adapter_names_it(tmp_path, monkeypatch, overrides):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    put_in_hub_cache(geode.tiny_checkpoint(), "org/base", tmp_path / "hf")
+    model = load_model("org/base", overrides=overrides)
+    assert drm_origin(model)["base_revision"] == COMMIT
+    assert complete_peft_config(LoraConfig(), model).revision == COMMIT
+    assert complete_peft_config(LoraConfig(revision="v1"), model).revision == "v1"
+    assert "_commit_hash" not in model.config.to_dict()
+    local = load_model(geode.tiny_checkpoint())
+    assert drm_origin(local)["base_revision"] is None
+    assert complete_peft_config(LoraConfig(), local).revision is None
