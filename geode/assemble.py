@@ -23,7 +23,7 @@ from geode import __version__
 from geode.assembly_plan import NEW, Plan, Vocabulary, make_plan, make_tensor, num_bytes
 from geode.configuration.configuration_geode import GeodeConfig, default_control_tokens
 from geode.data.tokenizer import END_OF_TEXT_TOKEN, TOKEN_ATTRIBUTES, add_geode_tokens
-from geode.hub_cards.licences import find_terms
+from geode.hub_cards.licences import copy_texts, find_terms, find_texts
 from geode.hub_cards.manifest import hash_file
 from geode.hub_cards.terms import OWN_LICENSE, combined_terms
 from geode.modeling_geode.chat_geode import IMAGE_TOKEN, RATIONALE_TOKEN, TURN_END_TOKEN
@@ -108,6 +108,7 @@ class Assembly:
         files = {part: find_part(source) for part, source in sources.items()}
         self.parts = {part: (found, _LAYOUTS[part](found)) for part, found in files.items()}
         self.terms = [find_terms(part, found.name, found.revision, found.folder) for part, found in files.items()]
+        self.texts = {part: find_texts(part, found.folder) for part, found in files.items()}
         self.seed = seed
         part = "language_model" if init_from is None else "vision_language_model"
         speaker, layout = self.parts[part]
@@ -172,7 +173,7 @@ class Assembly:
         self, directory: str | os.PathLike, *, max_shard_size: int | str = "2GB", show_progress: bool = True
     ) -> None:
         """
-        Write the model, its processor, their code and the facts about the parts.
+        Write the model, its processor, their code, the facts about the parts and the licence files that came with them.
 
         One file of the result is in memory at a time, and of one public file at a time what was read of it. The folder appears when
         it is complete.
@@ -198,11 +199,14 @@ class Assembly:
             facts = self._facts(show_progress)
             _write_weights(partial, self.plan, self._new_tensors(), max_shard_size, show_progress)
             self.config.parts = [
-                {**part, "files": facts["parts"][index]["files"]} for index, part in enumerate(self.config.parts)
+                {**part, **{key: facts["parts"][index][key] for key in ("files", "texts")}}
+                for index, part in enumerate(self.config.parts)
             ]
             self.config.save_pretrained(partial)
             _generation_config(self.tokenizer).save_pretrained(partial)
             self.make_processor().save_pretrained(partial)
+            for texts in self.texts.values():
+                copy_texts(texts, partial)
             (partial / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             partial.replace(directory)
         finally:
@@ -234,7 +238,8 @@ class Assembly:
                 "skipped": sum(found.part == part.name for found in self.plan.skipped),
             }
             hashed = {path.name: hashes[path] for path in files.files}
-            parts.append({**part._asdict(), "files": hashed, "tensors": counts})
+            texts = list(self.texts[part.name])
+            parts.append({**part._asdict(), "files": hashed, "texts": texts, "tensors": counts})
         return {
             "format_version": FORMAT_VERSION,
             "geode_version": __version__,

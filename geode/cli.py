@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from geode import __version__
 from geode.publishing_arguments import add_card_sources, add_commands
@@ -433,7 +434,7 @@ def _run_export(arguments: argparse.Namespace) -> None:
 
 def _run_assemble(arguments: argparse.Namespace) -> None:
     from geode.assemble import Assembly, check_new
-    from geode.hub_cards.licences import verdict
+    from geode.hub_cards.licences import text_lines, verdict
 
     names = ("vision", "language_model", "init_from", "points", "reconstructor", "dtype", "seed")
     options = {name: getattr(arguments, name) for name in names}
@@ -446,7 +447,11 @@ def _run_assemble(arguments: argparse.Namespace) -> None:
     check_new(arguments.directory)
     assembly = Assembly(**options)
     print(assembly.plan.table())
-    print(f"licence of {verdict(assembly.terms)}", flush=True)
+    print(f"licence of {verdict(assembly.terms)}")
+    places = {
+        part: {name: Path(arguments.directory) / name for name in names} for part, names in assembly.texts.items()
+    }
+    print("\n".join(text_lines(assembly.terms, places)), flush=True)
     if arguments.is_dry_run:
         print(f"not written (dry run): {arguments.directory}")
         return

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from geode import tiny_checkpoint
 from geode.data.whole_files import is_free, whole_folder
 from geode.hub_cards.facts import FACTS, read_facts
+from geode.hub_cards.licences import copy_texts, recorded_texts
 from geode.modeling_geode.answers_geode import Answer, format_number
 from geode.modeling_geode.checked_files_geode import check_tensors_file, read_json
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
@@ -208,6 +209,9 @@ def export_model(
     stated = read_facts(facts, "model", parts=parts)
     checkpoint = load_checkpoint(model, revision)
     with whole_folder(folder) as work:
+        if model is not None:
+            for texts in recorded_texts(os.fspath(model), revision=revision).values():
+                copy_texts({name: path for name, path in texts.items() if path is not None}, work)
         save_model(work, checkpoint, stated, results=results, repo_id=repo_id)
     print(f"exported: {folder}")
 

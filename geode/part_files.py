@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from geode.hub_cards.licences import TEXT_PATTERNS
 from geode.modeling_geode.vggt_conversion_geode import (
     CONFIG_NAME,
     FILE_SUFFIXES,
@@ -22,7 +23,7 @@ from geode.modeling_geode.vggt_conversion_geode import (
 )
 
 
-SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "README.md", "LICENSE*")
+SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "README.md", *TEXT_PATTERNS)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Owner and repository, then perhaps one file of it, then perhaps a branch, tag or commit.
 _HUB_SOURCE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?:@([\w./-]+))?")

@@ -2,12 +2,15 @@
 """Licences of the parts of a checkpoint, as their publishers state them, and what follows for the whole."""
 
 import os
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 from huggingface_hub import metadata_load
 
+from geode.hub_cards.contents import find_danger
 from geode.hub_cards.manifest import MANIFEST, recorded_terms
 from geode.hub_cards.terms import (
     OWN_LICENSE,
@@ -21,6 +24,10 @@ from geode.modeling_geode.vggt_conversion_geode import find_file, read_config, r
 
 
 CARD_NAME = "README.md"
+TEXTS = "licenses"
+TEXT_PATTERNS = ("LICENSE*", "NOTICE*")
+# Names are read from configurations of others, and must not lead elsewhere.
+_TEXT_NAME = re.compile(rf"{TEXTS}/\w[^/\\]*")
 _ANSWERS = {True: "yes", False: "no", None: "not known"}
 
 
@@ -59,6 +66,80 @@ def find_terms(name: str, source: str, revision: str | None, folder: str | os.Pa
     )
 
 
+def find_texts(name: str, folder: str | os.PathLike) -> dict[str, Path]:
+    """
+    Find the licence files of a part.
+
+    Args:
+        name (`str`): What the part is here, such as `"point_encoder"`.
+        folder (`str` or `os.PathLike`): Where its files are.
+
+    Returns:
+        `dict[str, Path]`: Each by the name that it has in a folder that is made of several parts, such as
+        `"licenses/point_encoder-LICENSE.txt"`; those that are no text are left out.
+    """
+    found = [path for pattern in TEXT_PATTERNS for path in sorted(Path(folder).glob(pattern)) if path.is_file()]
+    return {f"{TEXTS}/{name}-{path.name}": path for path in found if find_danger(path) is None}
+
+
+def copy_texts(texts: Mapping[str, Path], folder: Path) -> None:
+    """Copy licence files, given by their new names within a folder."""
+    for name, path in texts.items():
+        (folder / TEXTS).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+
+
+def recorded_texts(checkpoint: str | os.PathLike, *, revision: str | None = None) -> dict[str, dict[str, Path | None]]:
+    """
+    Find the licence files that the `config.json` of a checkpoint names.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): A folder or a name on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit of a name on the Hub.
+
+    Returns:
+        `dict[str, dict[str, Path | None]]`: By part, each file by its name in the checkpoint, None where it is not there. Parts of
+        which nothing is recorded are left out.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If what is recorded is no list of names within `licenses/`.
+    """
+    config = read_config(checkpoint, revision=revision) or {}
+    entries = [entry for entry in config.get("parts") or [] if isinstance(entry, dict) and "texts" in entry]
+    found = {}
+    for entry in entries:
+        names = entry["texts"]
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and _TEXT_NAME.fullmatch(name) for name in names
+        ):
+            raise ValueError(
+                f"`texts` in `parts` of config.json must be names such as '{TEXTS}/point_encoder-LICENSE', got {names!r}. Assemble it again."
+            )
+        found[entry.get("name")] = {name: find_file(checkpoint, name, revision=revision) for name in names}
+    return found
+
+
+def text_lines(parts: Sequence[Part], texts: Mapping[str, Mapping[str, Path | None]]) -> list[str]:
+    """
+    Say where the licence texts of parts are.
+
+    Args:
+        parts (`Sequence[Part]`): The parts.
+        texts (`Mapping[str, Mapping[str, Path | None]]`): See [`recorded_texts`].
+
+    Returns:
+        `list[str]`: A line for each file, and one for each part that came without one.
+    """
+    lines = []
+    for part in (part for part in parts if part.name in texts):
+        for name, path in texts[part.name].items():
+            lines.append(f"text of {part.name}: {path or f'{name} of the assembled checkpoint, and not here'}")
+        if not texts[part.name]:
+            lines.append(f"text of {part.name}: none came with it{f', see {part.page}' if part.page else ''}")
+    return lines
+
+
 def licence_report(checkpoint: str | os.PathLike, *, revision: str | None = None) -> str:
     """
     Write down the terms of every part of a checkpoint, and those of the whole.
@@ -78,8 +159,11 @@ def licence_report(checkpoint: str | os.PathLike, *, revision: str | None = None
     """
     record = find_file(checkpoint, MANIFEST, revision=revision)
     own, parts = (None, []) if record is None else recorded_terms(read_object(record))
-    config = {} if own else read_config(checkpoint, revision=revision)
-    if config is None:
+    config = read_config(checkpoint, revision=revision)
+    texts = {} if config is None else recorded_texts(checkpoint, revision=revision)
+    if own:
+        config = {}
+    elif config is None:
         raise FileNotFoundError(f"`checkpoint` must hold a config.json, and {os.fspath(checkpoint)!r} holds none.")
     parts = parts or recorded_parts(config.get("parts") or [], "`parts` of config.json")
     if config.get("reconstructor_config") and parts and "reconstructor" not in [part.name for part in parts]:
@@ -98,6 +182,7 @@ def licence_report(checkpoint: str | os.PathLike, *, revision: str | None = None
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     text += [f"terms of {part.name}: {part.link}" for part in parts if part.link]
+    text += text_lines(parts, texts)
     return "\n".join([*text, "", verdict(parts, own or OWN_LICENSE)])
 
 
@@ -142,4 +227,13 @@ def _card_of(folder: Path) -> dict[str, str]:
     return {key: str(value) for key, value in found.items()}
 
 
-__all__ = ["find_terms", "licence_report", "verdict"]
+__all__ = [
+    "TEXT_PATTERNS",
+    "copy_texts",
+    "find_terms",
+    "find_texts",
+    "licence_report",
+    "recorded_texts",
+    "text_lines",
+    "verdict",
+]

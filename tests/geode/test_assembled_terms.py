@@ -25,6 +25,10 @@ def published(tmp_path_factory) -> Path:
     make_qwen(folder / "qwen", sizes=TINY_TEXT)
     make_vision(folder / "vision", sizes=TINY_VISION)
     points, reconstructor = make_geometry(folder)
+    (folder / "qwen" / "LICENSE").write_text("The terms of Qwen.\n")
+    (folder / "qwen" / "NOTICE.md").write_text("Who is to be named.\n")
+    (Path(points).parent / "LICENSE.txt").write_text("Not for commercial use.\n")
+    (Path(reconstructor) / "LICENSE.pdf").write_bytes(b"%PDF-1.7\n\0\xff\xfe")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hf" / "hub"))
         for place, name in (
@@ -149,3 +153,75 @@ def test_without_its_reconstructor_a_model_is_free_of_its_terms(published, tmp_p
     model.detach_reconstructor()
     model.save_pretrained(tmp_path / "out")
     assert "reconstructor" not in "\n".join(licences(tmp_path / "out", capsys))
+
+
+# ---- the texts ----
+
+TEXTS = {
+    "licenses/language_model-LICENSE": "The terms of Qwen.\n",
+    "licenses/language_model-NOTICE.md": "Who is to be named.\n",
+    "licenses/point_encoder-LICENSE.txt": "Not for commercial use.\n",
+}
+
+
+def texts_in(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in (folder / "licenses").iterdir()}
+
+
+def test_licence_files_of_parts_are_copied_under_their_parts_names(published, capsys):
+    assert texts_in(published) == TEXTS
+    found = {
+        source: {part["name"]: part["texts"] for part in json.loads((published / source).read_text())["parts"]}
+        for source in ("parts.json", "config.json")
+    }
+    assert found["parts.json"] == found["config.json"]
+    assert found["parts.json"] == {
+        "vision_tower": [],
+        "language_model": list(TEXTS)[:2],
+        "point_encoder": list(TEXTS)[2:],
+        "reconstructor": [],  # one that is no text
+    }
+    assert [line for line in licences(published, capsys) if line.startswith("text of ")] == [
+        "text of vision_tower: none came with it, see https://huggingface.co/OpenGVLab/InternViT-300M-448px-V2_5",
+        f"text of language_model: {published / 'licenses/language_model-LICENSE'}",
+        f"text of language_model: {published / 'licenses/language_model-NOTICE.md'}",
+        f"text of point_encoder: {published / 'licenses/point_encoder-LICENSE.txt'}",
+        "text of reconstructor: none came with it, see https://huggingface.co/facebook/VGGT-1B",
+    ]
+
+
+def test_licence_files_go_with_an_export_and_are_missed_in_what_was_trained(published, tmp_path, capsys):
+    assert export(published, tmp_path / "hub", write_facts(tmp_path, "parts")) == 0
+    assert texts_in(tmp_path / "hub") == TEXTS
+    assert set(TEXTS) <= set(json.loads((tmp_path / "hub" / MANIFEST).read_text())["files"])
+    assert f"text of point_encoder: {tmp_path / 'hub' / list(TEXTS)[2]}" in licences(tmp_path / "hub", capsys)
+    assert check_files(tmp_path / "hub") == []
+
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "config.json").write_bytes((published / "config.json").read_bytes())
+    line = f"text of point_encoder: {list(TEXTS)[2]} of the assembled checkpoint, and not here"
+    assert line in licences(tmp_path / "trained", capsys)
+
+
+def test_assemble_says_where_licence_files_are(tmp_path, capsys):
+    make_internvl(tmp_path, vision=TINY_VISION, text=TINY_TEXT)
+    (tmp_path / "own" / "LICENSE").write_text("The terms of InternVL.\n")
+    points, _ = make_geometry(tmp_path)
+    arguments = ["--init-from", str(tmp_path / "own"), "--points", points, "--no-reconstructor"]
+    out = tmp_path / "out"
+    assert main(["assemble", str(out), *arguments, "--model-overrides", json.dumps(SMALL_DRM)]) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"text of vision_language_model: {out / 'licenses/vision_language_model-LICENSE'}",
+        "text of point_encoder: none came with it",
+        f"assembled: {out}",
+    ]
+    assert texts_in(out) == {"licenses/vision_language_model-LICENSE": "The terms of InternVL.\n"}
+
+
+@pytest.mark.parametrize("names", ["licenses/a", ["licenses/../../a"], ["/etc/passwd"], ["licenses/.a"], [1]])
+def test_recorded_texts_may_not_lead_elsewhere(published, tmp_path, capsys, names):
+    config = json.loads((published / "config.json").read_text())
+    config["parts"][0]["texts"] = names
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["licences", str(tmp_path)]) == 2
+    assert f"must be names such as 'licenses/point_encoder-LICENSE', got {names!r}" in capsys.readouterr().err
