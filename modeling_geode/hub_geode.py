@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -68,13 +69,14 @@ class GeodeHubModel(CodeOnHubMixin, PreTrainedModel):
         Load as [`PreTrainedModel.from_pretrained`] does, but refuse a checkpoint that lacks tensors.
 
         The library initialises what is missing and warns. Here only `optional_prefixes` may be missing, unless
-        `output_loading_info=True` hands the list of missing tensors to the caller.
+        `output_loading_info=True` hands the list of missing tensors to the caller. `config._commit_hash` is the commit that was
+        loaded from the Hub, which results and adapters name and transformers 5.23 leaves out.
 
         Raises:
             ValueError: If another tensor is missing, or the checkpoint is in its publisher's form.
         """
+        options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if name in kwargs}
         if cls.published_remedy is not None and pretrained_model_name_or_path is not None and "config" not in kwargs:
-            options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if name in kwargs}
             found, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **options)
             if found and "model_type" not in found:
                 raise ValueError(
@@ -91,6 +93,11 @@ class GeodeHubModel(CodeOnHubMixin, PreTrainedModel):
                 f"The checkpoint lacks {len(lost)} tensors of {cls.__name__}: {', '.join(lost[:5])}"
                 f"{', ...' if len(lost) > 5 else ''}. They would be random. {cls.incomplete_remedy}"
             )
+        if pretrained_model_name_or_path is not None:
+            config_file = cached_file(
+                pretrained_model_name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options
+            )
+            model.config._commit_hash = extract_commit_hash(config_file, None)
         return loaded if output_loading_info else model
 
 

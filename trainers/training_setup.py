@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from geode.configuration.configuration_geode import GeodeConfig
 from geode.data.feature_store import FeatureStore
@@ -45,18 +44,15 @@ def load_model(
             Arguments of `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Returns:
-        [`GeodeForConditionalGeneration`]: The model, whose `config._commit_hash` is the commit that was loaded from the Hub.
+        [`GeodeForConditionalGeneration`]: The model.
 
     Raises:
         ValueError: If the checkpoint lacks tensors or an override names what is not there.
     """
     config = GeodeConfig.from_pretrained(name_or_path, revision=revision)
-    model = GeodeForConditionalGeneration.from_pretrained(
+    return GeodeForConditionalGeneration.from_pretrained(
         name_or_path, config=overridden(config, overrides), revision=revision, **kwargs
     )
-    # transformers 5.23 leaves the commit out, which the results of stages name.
-    model.config._commit_hash = extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, revision=revision), None)
-    return model
 
 
 def adapt_processor(processor: GeodeProcessor, args: GeodeTrainingConfig, config: GeodeConfig) -> GeodeProcessor:

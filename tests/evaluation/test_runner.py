@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from geode import tiny_checkpoint
 from geode.commands import load_checkpoint
 from geode.evaluating import evaluate_model, model_revision
 from geode.evaluation.asking import geometry_path
@@ -19,6 +20,7 @@ from geode.evaluation.runner import EvalOptions, Evaluator, predict, read_lines,
 from geode.modeling_geode.answers_geode import Answer, Measurement
 from geode.modeling_geode.scene_geode import SceneGeometry
 from tests.evaluation.common_benchmark import NUM_SCENES, QUESTIONS, make_benchmark, make_rows
+from tests.modeling_geode.common_hub import COMMIT, put_in_hub_cache
 from tests.trainers.common_launch import run_processes, start_processes
 
 
@@ -273,6 +275,12 @@ def test_revision_tells_models_apart_that_have_the_same_weights():
     assert model_revision(load_checkpoint().model) == before
     model.config.drh_config.hidden_position = "previous"
     assert model_revision(model) != before
+
+
+def test_revision_of_a_model_of_the_hub_is_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    put_in_hub_cache(tiny_checkpoint(), "org/model", tmp_path / "hf")
+    assert model_revision(load_checkpoint("org/model").model) == COMMIT
 
 
 def test_two_processes_that_are_killed_give_what_one_gives(finished, folder, tmp_path):
