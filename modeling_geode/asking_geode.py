@@ -11,7 +11,7 @@ from .answers_geode import Answer, check_limit
 from .batching_geode import check_count
 from .scene_encoding_geode import SceneEncoding, ScenePrefix, check_encoder_digest
 from .scene_store_geode import SceneStore
-from .shared_prefix_geode import SharedPrefixCache, can_share_prefix
+from .shared_prefix_geode import CACHE_NAME, SharedPrefixCache, can_share_prefix
 from .shown_geode import shown
 
 
@@ -189,7 +189,7 @@ class GeodeAskingMixin:
         embeds, _ = self.model.embed_inputs(
             input_ids[None], mm_token_type_ids=types[None, :length], **scene.to_model_inputs()
         )
-        layers = self.model.language_model(inputs_embeds=embeds, use_cache=True).past_key_values.layers
+        layers = getattr(self.model.language_model(inputs_embeds=embeds, use_cache=True), CACHE_NAME).layers
         return ScenePrefix(input_ids, tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers))
 
     def _check_scene(self, scene) -> None:
@@ -233,7 +233,7 @@ def _behind(prefix: ScenePrefix, rows: dict[str, torch.Tensor]) -> dict:
             "puts a turn's media before its text."
         )
     cache = SharedPrefixCache(prefix.keys, prefix.values)
-    return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": cache}
+    return {"input_ids": input_ids, "attention_mask": mask, CACHE_NAME: cache}
 
 
 __all__ = ["GeodeAskingMixin"]

@@ -3,7 +3,6 @@
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -22,7 +21,7 @@ from .input_checks_geode import (
     check_tensors,
     check_token_values,
 )
-from .shared_prefix_geode import SharedPrefixCache, run_rows
+from .shared_prefix_geode import CACHE_NAME, SharedPrefixCache, one_cache, run_decoder
 
 
 # Arguments of `GeodeModel.embed_inputs`, which `generate` uses up before decoding starts.
@@ -141,6 +140,7 @@ class GeodeGenerationMixin(GenerationMixin):
         """
         Generate text and values. Arguments are those of [`~generation.GenerationMixin.generate`] and of `forward`.
 
+        A cache may come as `past_key_values` or as `cache`, whichever of the two transformers calls it.
         Placeholder tokens are never generated: no later encoding of the sequence could fill them.
 
         Returns:
@@ -150,7 +150,7 @@ class GeodeGenerationMixin(GenerationMixin):
         Raises:
             TypeError: If an argument is no tensor, or holds another kind of numbers.
             ValueError: If the prompt and its media do not fit together, or assisted decoding is combined with
-                `drh_config.value_feedback`.
+                `drh_config.value_feedback`, or two caches are given.
         """
 
         def option(name):
@@ -161,10 +161,11 @@ class GeodeGenerationMixin(GenerationMixin):
 
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         self._check_prompt(input_ids, kwargs)
+        cached_length = _rename_cache(kwargs)
         history, feedback = kwargs.pop("regression_targets", None), kwargs.pop("feedback_values", None)
         is_assisted = any(option(name) is not None for name in ASSISTED_OPTIONS) or bool(option("use_mtp"))
         state = self._feedback_state(input_ids, history, feedback, option("num_beams") or 1, is_assisted)
-        self._merge_media_once(input_ids, kwargs)
+        self._merge_media_once(input_ids, kwargs, cached_length)
         kwargs["logits_processor"] = self._forbid_placeholders(logits_processor)
         if state is not None:
             kwargs["feedback_state"] = state
@@ -182,8 +183,6 @@ class GeodeGenerationMixin(GenerationMixin):
             generation_config = copy.deepcopy(generation_config)
             generation_config.update(**wanted)
             kwargs = {name: value for name, value in kwargs.items() if name not in wanted}
-        cache = kwargs.get("past_key_values")
-        cached_length = 0 if cache is None else cache.get_seq_length()
         outputs = super().generate(inputs, generation_config, **kwargs)
         if not returns_dict:
             return outputs.sequences
@@ -215,26 +214,12 @@ class GeodeGenerationMixin(GenerationMixin):
             "values. Use `generate` with a padded batch, or `model.ask(processor, scene, questions)` for questions about one scene."
         )
 
+    # `inputs_embeds` is named because the library looks for it here before it takes any.
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        media_embeds=None,
-        feedback_state=None,
-        **kwargs,
+        self, input_ids, *, inputs_embeds=None, media_embeds=None, feedback_state=None, **kwargs
     ):
         """As the library's, and media and value feedback cut to the tokens of this step."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         feeds_own_state = feedback_state is not None and self.drh.hidden_position == "token"
         model_inputs["return_regression_values"] = feeds_own_state
         step_ids = model_inputs.get("input_ids")
@@ -252,7 +237,7 @@ class GeodeGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        # Checked with transformers 5.23: called eagerly after every forward of sampling and of beam search.
+        # Checked with transformers 5.23 and 5.24: called eagerly after every forward of sampling and of beam search.
         state = model_kwargs.get("feedback_state")
         if state is not None:
             state.update(outputs)
@@ -284,12 +269,13 @@ class GeodeGenerationMixin(GenerationMixin):
             check_tensors({"input_ids": input_ids}, self.config)
             check_token_values(input_ids, self.config)
         if input_ids is not None or inputs_embeds is not None:
-            others = {name: kwargs.get(name) for name in ("attention_mask", "past_key_values", "media_embeds")}
+            others = {name: kwargs.get(name) for name in ("attention_mask", "media_embeds")}
+            others["past_key_values"] = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
             check_prompt(self.config, input_ids if inputs_embeds is None else None, inputs_embeds, **others)
 
-    def _merge_media_once(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
+    def _merge_media_once(self, input_ids: torch.Tensor | None, kwargs: dict, start: int) -> None:
         """
-        Replace media in `kwargs` by the embeddings that stand for them.
+        Replace media in `kwargs` by the embeddings that stand for them, those behind the first `start` tokens, which are cached.
 
         The library would encode images and videos itself, but expands them for beams by counting placeholders of two
         different ids, and knows nothing of scenes. A tensor aligned with the prompt is expanded right by all of it.
@@ -303,8 +289,6 @@ class GeodeGenerationMixin(GenerationMixin):
         }
         has_content = any(not name.endswith("_mask") and not name.startswith("vision_feature") for name in media)
         inputs_embeds = kwargs.get("inputs_embeds")
-        cache = kwargs.get("past_key_values")
-        start = 0 if cache is None else cache.get_seq_length()
         if not has_content:
             if input_ids is not None and inputs_embeds is None and kwargs.get("media_embeds") is None:
                 check_no_placeholders(input_ids[:, start:], self.config)
@@ -354,7 +338,7 @@ class GeodeGenerationMixin(GenerationMixin):
             elif cached_length:
                 raise ValueError(
                     "The value of a sequence's last token needs the whole prompt, but its first "
-                    f"{cached_length} tokens came as `past_key_values`. Raise `max_new_tokens` by one."
+                    f"{cached_length} tokens came as a cache. Raise `max_new_tokens` by one."
                 )
             else:
                 replayed = self._replay(outputs.sequences, rows, input_ids, prompt, feedback)
@@ -386,7 +370,7 @@ class GeodeGenerationMixin(GenerationMixin):
 
     def _step_once_more(self, outputs, rows, prompt, feedback) -> torch.Tensor:
         """States of the last tokens, `(len(rows), 1, hidden_size)`: decoding stops before it reads them."""
-        sequences, cache = outputs.sequences, outputs.past_key_values
+        sequences, cache = outputs.sequences, getattr(outputs, CACHE_NAME)
         embeds = self.get_input_embeddings()(sequences[:, -1:])
         if feedback is not None:
             embeds = embeds + self.drh.feedback_embeddings(feedback, sequences, embeds.dtype)[:, -1:]
@@ -394,13 +378,12 @@ class GeodeGenerationMixin(GenerationMixin):
         if prompt["attention_mask"] is not None:
             known = prompt["attention_mask"].repeat_interleave(len(mask) // len(prompt["attention_mask"]), dim=0)
             mask[:, : known.shape[1]] = known
-        shares_prefix = isinstance(cache, SharedPrefixCache)
-        run = partial(run_rows, self.model.language_model) if shares_prefix else self.model.language_model
-        stepped = run(
+        stepped = run_decoder(
+            self.model.language_model,
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1)[:, -1:],
-            past_key_values=cache,
+            cache=cache,
         )
         cache.crop(-1)  # the caller gets the cache as decoding left it
         return stepped.last_hidden_state[rows]
@@ -427,6 +410,15 @@ class GeodeGenerationMixin(GenerationMixin):
         return outputs.last_hidden_state
 
 
+def _rename_cache(kwargs: dict) -> int:
+    """Put a cache in `kwargs` under the name that transformers has for it, and return its length."""
+    cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+    if cache is None:
+        return 0
+    kwargs[CACHE_NAME] = cache
+    return cache.get_seq_length()
+
+
 def _by_row(rows: list[int], items: list, num_rows: int) -> list[list]:
     """The items of each row, in order."""
     grouped = [[] for _ in range(num_rows)]
@@ -445,7 +437,7 @@ def _with_last_layer(selection):
 
 def _holds_all_but_the_last(outputs) -> bool:
     """Whether the cache can take one more token: beams reorder its rows, and a static one may be full."""
-    cache = outputs.get("past_key_values")
+    cache = outputs.get(CACHE_NAME)
     if "beam_indices" in outputs or not isinstance(cache, DynamicCache | SharedPrefixCache):
         return False
     return cache.get_seq_length() >= outputs.sequences.shape[1] - 1

@@ -4,14 +4,13 @@
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -40,7 +39,7 @@ from .rationale_geode import (
 )
 from .regression_geode import GeodeRegressionHead
 from .scene_encoding_geode import SceneEncoding
-from .shared_prefix_geode import SharedPrefixCache, run_rows
+from .shared_prefix_geode import CACHE_NAME, one_cache, run_decoder
 from .sonata_geode import SonataModel
 from .vggt_geode import VggtModel
 
@@ -58,7 +57,10 @@ class _QuickOutput(ModelOutput):
             type(self)._is_checked = True
 
     def __setattr__(self, name, value):
-        if value is not None and name in type(self).__dataclass_fields__:
+        if name not in type(self).__dataclass_fields__:
+            super().__setattr__(name, value)  # which knows former names of fields
+            return
+        if value is not None:
             OrderedDict.__setitem__(self, name, value)
         object.__setattr__(self, name, value)
 
@@ -83,14 +85,15 @@ class GeodeModelOutputWithPast(_QuickOutput, BaseModelOutputWithPast):
 
 
 @dataclass
-class GeodeCausalLMOutputWithPast(_QuickOutput):
+class GeodeCausalLMOutputWithPast(_QuickOutput, CausalLMOutputWithPast):
     """
     Output of [`GeodeForConditionalGeneration`].
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): Eq. 7: `ce_loss + loss_weight * regression_loss`.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
-        past_key_values (`Cache`, *optional*): Keys and values of the sequence so far.
+        past_key_values (`Cache`, *optional*): Keys and values of the sequence so far. It is `cache` from transformers 5.24
+            on, where the former name still reads it.
         hidden_states, attentions (`tuple`, *optional*): Per layer, of the language model.
         ce_loss (`torch.Tensor` of shape `()`, *optional*): Cross-entropy of the text, control tokens included.
         regression_loss (`torch.Tensor` of shape `()`, *optional*): Eq. 6, in the codecs' space.
@@ -100,11 +103,6 @@ class GeodeCausalLMOutputWithPast(_QuickOutput):
             See [`GeodeModelOutputWithPast`].
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     ce_loss: torch.Tensor | None = None
     regression_loss: torch.Tensor | None = None
     regression_values: torch.Tensor | None = None
@@ -123,7 +121,7 @@ class GeodePreTrainedModel(GeodeHubModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     # RUF012: the library declares these as plain class attributes.
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _no_split_modules = ["GeodeCrossAttentionLayer", "GeodeMambaLayer", "GeodeRegressionHead"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["drh"]  # noqa: RUF012
     _keep_in_fp32_modules = ["drh"]  # noqa: RUF012 - quantisers look here only
@@ -268,6 +266,7 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         mm_token_type_ids: torch.LongTensor | None = None,
         media_embeds: torch.Tensor | None = None,
         feedback_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | GeodeModelOutputWithPast:
         """
@@ -287,6 +286,7 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
                 Embeddings for the placeholders, instead of media.
             feedback_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 What is added to the input embeddings.
+            cache (`Cache`, *optional*): `past_key_values` by the name that transformers 5.24 gave it.
             **kwargs: Media, as in [`~GeodeModel.embed_inputs`], and arguments of the language model.
 
         Returns:
@@ -299,7 +299,8 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Specify exactly one of `input_ids` and `inputs_embeds`; got both or neither.")
-        is_step = is_decoding_step(input_ids, past_key_values)
+        cache = one_cache(cache, past_key_values)
+        is_step = is_decoding_step(input_ids, cache)
         if not is_step:
             check_prompt(
                 self.config,
@@ -307,7 +308,7 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
                 inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                past_key_values=cache,
                 media_embeds=media_embeds,
                 feedback_embeds=feedback_embeds,
             )
@@ -336,12 +337,11 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
         if only_last:
             # The library records every layer to keep the last one's normed states, which are the output.
             kwargs["output_hidden_states"] = False
-        shares_prefix = isinstance(past_key_values, SharedPrefixCache)
-        run = partial(run_rows, self.language_model) if shares_prefix else self.language_model
-        outputs = run(
+        outputs = run_decoder(
+            self.language_model,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -350,8 +350,8 @@ class GeodeModel(GeodePreTrainedModel, GeodeMediaMixin):
             num_layers = self.language_model.config.num_hidden_layers
             hidden_states = (*[None] * num_layers, outputs.last_hidden_state)
         return GeodeModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            outputs.last_hidden_state,
+            getattr(outputs, CACHE_NAME),
             hidden_states=hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features.get("image_features"),
@@ -438,6 +438,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeAskingMixin, Geod
         feedback_embeds: torch.Tensor | None = None,
         return_regression_values: bool = True,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | GeodeCausalLMOutputWithPast:
         """
@@ -506,6 +507,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeAskingMixin, Geod
                 What is added to the input embeddings, as `generate` prepares it.
             return_regression_values (`bool`, defaults to `True`): Run the regression head without targets as well.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Positions for which logits are computed; 0 is all.
+            cache (`Cache`, *optional*): `past_key_values` by the name that transformers 5.24 gave it.
             **kwargs: Arguments of the language model, and `num_items_in_batch`, the label tokens of the whole step.
 
         Returns:
@@ -556,6 +558,7 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeAskingMixin, Geod
             media_embeds=media_embeds,
             use_visual_tokens=use_visual_tokens,
             feedback_embeds=feedback_embeds,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -587,9 +590,9 @@ class GeodeForConditionalGeneration(GeodePreTrainedModel, GeodeAskingMixin, Geod
             weighted = self.config.drh_config.loss_weight * regression_loss
             loss = weighted if loss is None else loss + weighted.to(loss)
         return GeodeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
+            loss,
+            logits,
+            getattr(outputs, CACHE_NAME),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             ce_loss=ce_loss,

@@ -15,6 +15,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 # Rows are computed in groups of at least about this many tokens. In smaller ones a call's overhead outweighs what a group
 # saves: the scores between questions that do not see each other.
 MIN_GROUP_TOKENS = 256
+# transformers 5.24 calls `cache` what was `past_key_values` before, in its models' arguments and outputs and in `generate`.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """
+    The cache that a caller gave by either name.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if past_key_values is None:
+        return cache
+    if cache is not None:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument, got both. Drop one of them.")
+    return past_key_values
 
 
 def can_share_prefix(config) -> bool:
@@ -35,7 +51,7 @@ class SharedPrefixCache(Cache):
     """
     The keys and values of a prefix, held once, and behind them those of any number of rows that begin with it.
 
-    It goes to `generate` as `past_key_values`, with `input_ids` whose rows all begin with the prefix. Padding stands
+    It goes to `generate` as `cache`, with `input_ids` whose rows all begin with the prefix. Padding stands
     between the prefix and the rest of a row, and `attention_mask` is 0 there. The prefix's own tensors are never written to,
     so many caches may be made of them.
 
@@ -130,11 +146,18 @@ class SharedPrefixCache(Cache):
         return torch.nn.functional.pad(seen, (self.prefix_length, 0), value=True)
 
 
+def run_decoder(language_model, *, cache: Cache | None, **kwargs) -> BaseModelOutputWithPast:
+    """Run a language model, by [`run_rows`] behind a shared prefix; arguments are those of either."""
+    if isinstance(cache, SharedPrefixCache):
+        return run_rows(language_model, cache=cache, **kwargs)
+    return language_model(**{CACHE_NAME: cache}, **kwargs)
+
+
 def run_rows(
     language_model,
     *,
     inputs_embeds: torch.Tensor,
-    past_key_values: SharedPrefixCache,
+    cache: SharedPrefixCache,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
@@ -147,7 +170,7 @@ def run_rows(
             A decoder; see [`can_share_prefix`].
         inputs_embeds (`torch.Tensor` of shape `(num_rows, length, hidden_size)`):
             Embeddings of the rows' next tokens.
-        past_key_values ([`SharedPrefixCache`]):
+        cache ([`SharedPrefixCache`]):
             The prefix, and what was computed of the rows before. It is extended.
         attention_mask (`torch.LongTensor` of shape `(num_rows, past_length + length)`, *optional*):
             0 is padding, which is not computed.
@@ -162,7 +185,7 @@ def run_rows(
     Raises:
         ValueError: If a row lacks a part of the prefix, its newest token is padding, or attentions are asked for.
     """
-    cache, (num_rows, length) = past_key_values, inputs_embeds.shape[:2]
+    num_rows, length = inputs_embeds.shape[:2]
     start, total = cache.length, cache.length + length
     if attention_mask is None:
         attention_mask = torch.ones(num_rows, total, dtype=torch.long, device=inputs_embeds.device)
@@ -182,7 +205,7 @@ def run_rows(
         layers = zip(*(output.hidden_states for output in outputs), strict=True)
         hidden_states = tuple(None if layer[0] is None else torch.cat(layer) for layer in layers)
     states = torch.cat([output.last_hidden_state for output in outputs])
-    return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=cache, hidden_states=hidden_states)
+    return BaseModelOutputWithPast(states, cache, hidden_states)
 
 
 def _check_rows(attention_mask, shape: tuple[int, int], prefix_length: int) -> None:
@@ -226,7 +249,7 @@ def _run_packed(language_model, inputs_embeds, attention_mask, position_ids, cac
         inputs_embeds=inputs_embeds[rows, offsets][None],
         attention_mask=mask[None, None],
         position_ids=position_ids[rows, offsets][None],
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         **kwargs,
     )
     if outputs.attentions is not None:
@@ -242,9 +265,7 @@ def _run_packed(language_model, inputs_embeds, attention_mask, position_ids, cac
     hidden_states = (
         None if outputs.hidden_states is None else tuple(unpack(states) for states in outputs.hidden_states)
     )
-    return BaseModelOutputWithPast(
-        last_hidden_state=unpack(outputs.last_hidden_state), past_key_values=cache, hidden_states=hidden_states
-    )
+    return BaseModelOutputWithPast(unpack(outputs.last_hidden_state), cache, hidden_states)
 
 
 def _layer_of(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
@@ -255,4 +276,4 @@ def _layer_of(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
     return layer
 
 
-__all__ = ["SharedPrefixCache", "can_share_prefix", "run_rows"]
+__all__ = ["CACHE_NAME", "SharedPrefixCache", "can_share_prefix", "one_cache", "run_decoder", "run_rows"]

@@ -19,6 +19,7 @@ from geode.evaluation.results import chance_scores, score_lines, score_table, wr
 from geode.evaluation.runner import EvalOptions, Evaluator, predict, read_lines, scored_prediction
 from geode.modeling_geode.answers_geode import Answer, Measurement
 from geode.modeling_geode.scene_geode import SceneGeometry
+from geode.modeling_geode.shared_prefix_geode import CACHE_NAME
 from tests.evaluation.common_benchmark import NUM_SCENES, QUESTIONS, make_benchmark, make_rows
 from tests.modeling_geode.common_hub import COMMIT, put_in_hub_cache
 from tests.trainers.common_launch import run_processes, start_processes
@@ -149,7 +150,7 @@ def test_all_batches_of_a_scene_begin_with_one_prefix(checkpoint, benchmark, con
     scene = next(iter(benchmark.scenes().values()))
     without_cache = []
     handle = checkpoint.model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: without_cache.append(kwargs.get("past_key_values") is None), with_kwargs=True
+        lambda module, args, kwargs: without_cache.append(kwargs.get(CACHE_NAME) is None), with_kwargs=True
     )
     Evaluator(*checkpoint, benchmark, EvalOptions(batch_size=2, control=control)).answer_scene(scene)
     handle.remove()

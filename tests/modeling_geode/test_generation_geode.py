@@ -285,7 +285,8 @@ class Replay(LogitsProcessor):
         return forced
 
 
-def test_generation_continues_from_a_cache_that_holds_the_media():
+@pytest.mark.parametrize("argument", ["past_key_values", "cache"])
+def test_generation_continues_from_a_cache_that_holds_the_media(argument):
     model = make_model()
     inputs = prepare_inputs(model.config, batch_size=2)
     arguments = {"do_sample": False, "return_dict_in_generate": True, "logits_processor": [Favour(8.0)]}
@@ -294,12 +295,24 @@ def test_generation_continues_from_a_cache_that_holds_the_media():
     inputs["input_ids"] = start.sequences
     for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
         inputs[name] = torch.nn.functional.pad(inputs[name], (0, 3), value=value)
-    rest = model.generate(**inputs, **arguments, max_new_tokens=3, past_key_values=start.past_key_values)
+    rest = model.generate(**inputs, **arguments, max_new_tokens=3, **{argument: start.past_key_values})
     assert torch.equal(rest.sequences, whole.sequences)
     tail = [values[len(first) :] for values, first in zip(whole.values, start.values, strict=True)]
     for got, want in zip(rest.values, tail, strict=True):
         for value, other in zip(got, want, strict=True):
             torch.testing.assert_close(value, other, atol=2e-4, rtol=2e-4)
+
+
+def test_two_caches_raise():
+    model = make_model()
+    start = model.generate(
+        **prepare_inputs(model.config, batch_size=1), max_new_tokens=2, return_dict_in_generate=True
+    )
+    caches = {"past_key_values": start.past_key_values, "cache": start.past_key_values}
+    with pytest.raises(ValueError, match="two names of one argument, got both"):
+        model.generate(start.sequences, max_new_tokens=1, **caches)
+    with pytest.raises(ValueError, match="two names of one argument, got both"):
+        model(start.sequences[:, -1:], **caches)
 
 
 def test_value_of_a_last_token_of_beams_behind_a_given_cache_raises_with_the_remedy():

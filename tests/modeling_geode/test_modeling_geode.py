@@ -9,6 +9,7 @@ from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGener
 
 from geode.modeling_geode.media_geode import pixel_shuffle
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration, GeodeModel
+from geode.modeling_geode.shared_prefix_geode import CACHE_NAME
 from tests.modeling_geode.common_geode import (
     BOX_TOKEN,
     IMAGE_TOKEN,
@@ -159,6 +160,23 @@ def test_padding_does_not_change_logits(model, inputs, side):
     logits = model(**padded).logits
     logits = logits[:, 5:] if side == "left" else logits[:, :-5]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["whole", "base"])
+def test_a_cache_is_read_by_either_name_and_written_by_that_of_the_library(model, part):
+    part = model if part == "whole" else model.model
+    input_ids = torch.randint(10, 90, (2, 7), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole, plain = part(input_ids), model.model.language_model(input_ids)
+        for name in ("past_key_values", "cache"):
+            start = part(input_ids[:, :4], use_cache=True)
+            assert [*start][1] == [*plain][1] == CACHE_NAME
+            assert start[1] is start[CACHE_NAME] is start.past_key_values is start["past_key_values"]
+            rest = part(input_ids[:, 4:], use_cache=True, **{name: start.past_key_values})
+            assert rest.past_key_values is start.past_key_values
+            torch.testing.assert_close(rest[0], whole[0][:, 4:], atol=1e-5, rtol=1e-5)
+            start.past_key_values = None
+            assert getattr(start, CACHE_NAME) is None
 
 
 def test_padded_frames_points_and_cameras_do_not_matter(model, inputs):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2Model, set_seed
 
-from geode.modeling_geode.shared_prefix_geode import SharedPrefixCache, can_share_prefix, run_rows
+from geode.modeling_geode.shared_prefix_geode import CACHE_NAME, SharedPrefixCache, can_share_prefix, run_rows
 
 
 PREFIX, HIDDEN = 9, 24
@@ -33,7 +33,7 @@ def embeddings(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def shared_cache(model, prefix: torch.Tensor) -> SharedPrefixCache:
-    layers = model(inputs_embeds=prefix, use_cache=True).past_key_values.layers
+    layers = model(inputs_embeds=prefix, use_cache=True)[CACHE_NAME].layers
     return SharedPrefixCache([layer.keys for layer in layers], [layer.values for layer in layers])
 
 
@@ -70,9 +70,7 @@ def test_states_equal_those_of_each_row_alone(attention, lengths):
     cache = shared_cache(model, prefix)
     held = [layer.keys.clone() for layer in cache.layers]
     stacked, mask = padded(rows)
-    output = run_rows(
-        model, inputs_embeds=stacked, attention_mask=mask, past_key_values=cache, output_hidden_states=True
-    )
+    output = run_rows(model, inputs_embeds=stacked, attention_mask=mask, cache=cache, output_hidden_states=True)
     assert_equals_alone(model, prefix, rows, output.last_hidden_state)
     assert_equals_alone(model, prefix, rows, output.hidden_states[-1])
     assert output.hidden_states[0].shape == stacked.shape
@@ -86,11 +84,11 @@ def test_states_equal_those_of_each_row_alone(attention, lengths):
         newest = embeddings(len(rows), 1, seed=20 + step)
         rows = [torch.cat([row, new]) for row, new in zip(rows, newest, strict=True)]
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        output = run_rows(model, inputs_embeds=newest, attention_mask=mask, past_key_values=cache)
+        output = run_rows(model, inputs_embeds=newest, attention_mask=mask, cache=cache)
         assert_equals_alone(model, prefix, rows, output.last_hidden_state, start=-1)
     without_mask = [row[-1:] for row in rows]
     fresh = cache.fork()
-    output = run_rows(model, inputs_embeds=torch.stack(without_mask), past_key_values=fresh)
+    output = run_rows(model, inputs_embeds=torch.stack(without_mask), cache=fresh)
     assert_equals_alone(model, prefix, without_mask, output.last_hidden_state)
 
 
@@ -100,13 +98,13 @@ def test_rows_may_be_reordered_and_cut():
     rows = [embeddings(length, seed=length) for length in (4, 2, 6)]
     cache = shared_cache(model, prefix)
     stacked, mask = padded(rows)
-    run_rows(model, inputs_embeds=stacked, attention_mask=mask, past_key_values=cache)
+    run_rows(model, inputs_embeds=stacked, attention_mask=mask, cache=cache)
     order = torch.tensor([2, 0, 2])
     cache.reorder_cache(order)
-    run_rows(model, inputs_embeds=embeddings(3, 1, seed=30), past_key_values=cache, attention_mask=more(mask[order]))
+    run_rows(model, inputs_embeds=embeddings(3, 1, seed=30), cache=cache, attention_mask=more(mask[order]))
     cache.crop(-1)
     newest = embeddings(3, 1, seed=31)
-    output = run_rows(model, inputs_embeds=newest, past_key_values=cache, attention_mask=more(mask[order]))
+    output = run_rows(model, inputs_embeds=newest, cache=cache, attention_mask=more(mask[order]))
     rows = [torch.cat([rows[number], new]) for number, new in zip(order, newest, strict=True)]
     assert_equals_alone(model, prefix, rows, output.last_hidden_state, start=-1)
     # Rows that are kept go on as if the others had never been.
@@ -114,7 +112,7 @@ def test_rows_may_be_reordered_and_cut():
     cache.batch_select_indices(kept)
     assert cache.layers[0].keys.shape[2] == PREFIX + len(rows[1])
     newest = embeddings(1, 1, seed=32)
-    output = run_rows(model, inputs_embeds=newest, past_key_values=cache, attention_mask=more(more(mask[order]))[kept])
+    output = run_rows(model, inputs_embeds=newest, cache=cache, attention_mask=more(more(mask[order]))[kept])
     assert_equals_alone(model, prefix, [torch.cat([rows[1], newest[0]])], output.last_hidden_state, start=-1)
 
 
@@ -136,12 +134,12 @@ def test_rows_that_lack_their_prefix_are_refused():
         ({"full_attention": None}, "got dict"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_rows(model, inputs_embeds=states, attention_mask=mask, past_key_values=cache)
+            run_rows(model, inputs_embeds=states, attention_mask=mask, cache=cache)
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="`output_attentions` is not supported"):
-        run_rows(model, inputs_embeds=states, past_key_values=cache.fork(), output_attentions=True)
+        run_rows(model, inputs_embeds=states, cache=cache.fork(), output_attentions=True)
     used = cache.fork()
-    run_rows(model, inputs_embeds=states, past_key_values=used)
+    run_rows(model, inputs_embeds=states, cache=used)
     with pytest.raises(ValueError, match="cannot repeat them 2 times"):
         used.batch_repeat_interleave(2)
     cache.fork().batch_repeat_interleave(2)
