@@ -88,7 +88,7 @@ setup(
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.23,<5.24",  # 5.24 renames the cache in outputs, arguments and `generate`
+        "transformers>=5.23,<5.25",  # minor versions rename arguments; these two are tried
         "huggingface_hub>=2",
         "safetensors>=0.8",
         "accelerate>=1.10.1",
