@@ -95,7 +95,7 @@ STAGES = (
 )
 DATASET, STORE = "rooms", "store"
 NUM_HELD_OUT = 40  # scenes of the validation split that parts and stages are measured on
-NUM_TEST = 100  # scenes of the test split that are asked about in the end
+NUM_TEST = 200  # scenes of the test split that are asked about in the end
 # Steps of the parts that stand for public checkpoints, of the curriculum, and of the paper's stages.
 STEPS = {
     "vision_tower": 4000,

@@ -53,7 +53,8 @@ validation split (split-conformal). On the test rooms:
    guessing is. This too is an addition to the paper.
 
 The fused features are injected into the visual tokens (`inject_features`): the rationale tokens are not all that the language model
-sees of the geometry. The shuffled-scene gate, in nats per answer token, and in the regression loss:
+sees of the geometry. Each patch looks for its geometry from its camera, and from the point that its ray meets (`camera_queries`,
+`point_queries`). These three are additions as well. The shuffled-scene gate, in nats per answer token, and in the regression loss:
 
 {gate}
 
