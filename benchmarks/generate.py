@@ -106,7 +106,9 @@ def make_programs(
     """
     control = [entry["token_id"] for entry in model.config.control_tokens.values()]
     generator = torch.Generator().manual_seed(1)
-    prompt = torch.randint(300, min(control), (1, prompt_tokens), generator=generator)
+    # Ours never generates placeholders, and reads none without media.
+    placeholders = [model.config.image_token_id, model.config.rationale_token_id]
+    prompt = torch.randint(300, min(control + placeholders), (1, prompt_tokens), generator=generator)
     options = {
         "input_ids": prompt,
         "attention_mask": torch.ones_like(prompt),
@@ -115,8 +117,6 @@ def make_programs(
         "return_dict_in_generate": True,
         "logits_processor": [EveryEighth(control, prompt_tokens)],
     }
-    # Ours never generates placeholders.
-    placeholders = [model.config.image_token_id, model.config.rationale_token_id]
     return {
         "ours": lambda: model.generate(**options).sequences,
         "plain": lambda: plain.generate(**options, suppress_tokens=placeholders).sequences,

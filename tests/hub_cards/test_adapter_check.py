@@ -23,6 +23,8 @@ from .common_cards import write_facts
 
 
 BASE = geode.tiny_checkpoint()
+CONFIG = json.loads((BASE / "config.json").read_text(encoding="utf-8"))
+REG, VOCAB_SIZE = CONFIG["control_tokens"]["<REG>"]["token_id"], CONFIG["text_config"]["vocab_size"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PREFIX = "base_model.model."
 LAYER = f"{PREFIX}model.language_model.layers.0.self_attn.q_proj"
@@ -132,7 +134,7 @@ FAULTS = {
     "no head": (without(".drh."), ADAPTER_WEIGHTS, r"it lacks the regression head \(`drh`\)"),
     "no rows": (without("token_adapter"), ADAPTER_WEIGHTS, "it lacks the rows of the new tokens <3DBBOX>, <REG>"),
     "rows of one token alone": (
-        with_settings(trainable_token_indices={"embed_tokens": [816]}),
+        with_settings(trainable_token_indices={"embed_tokens": [REG]}),
         ADAPTER_WEIGHTS,
         "it lacks the rows of the new tokens <3DBBOX>",
     ),
@@ -211,7 +213,7 @@ def test_a_tensor_of_a_wrong_shape_is_found_by_the_headers(adapter, misfit):
         (without("q_proj.lora_B"), r"it lacks `.*q_proj.lora_B.weight`, and \d+ more such"),
         (without("drh.heads.REG.2.bias"), "it lacks `drh.heads.REG.2.bias`"),
         (
-            with_settings(trainable_token_indices={"embed_tokens": [816, 890]}),
+            with_settings(trainable_token_indices={"embed_tokens": [REG, VOCAB_SIZE]}),
             "trainable_tokens_delta` .* does not fit",
         ),
     ],
