@@ -87,6 +87,16 @@ def test_ask_takes_the_geometry_beside_the_video(capsys):
     assert re.fullmatch(r"answer: [^\n]*\d[^\n]*\n", captured.out)
 
 
+def test_ask_answers_other_words_in_other_units(capsys):
+    # The truth is 1.41 m; beyond half of it or half as much again nothing would be right.
+    questions = ["How far apart are the stool and the tv in feet?", "Where is the sofa?"]
+    assert main(["ask", str(geode.embedded_scene() / "room.mp4"), *questions]) == 0
+    distance, box = capsys.readouterr().out.splitlines()[-2:]
+    feet = float(distance.removeprefix("answer: ").split(" ft")[0])
+    assert 0.5 * 1.41 < feet * 0.3048 < 1.5 * 1.41
+    assert box.startswith("answer: [center (")
+
+
 def test_ask_without_geometry_says_so_and_answers_as_without_it(capsys, tmp_path):
     shutil.copy(geode.embedded_scene() / "room.mp4", tmp_path)
     video = str(tmp_path / "room.mp4")
