@@ -66,7 +66,7 @@ Rendered rooms only, of the sizes and categories of the embedded world. It answe
 
 Apache-2.0. Everything in it was made by this package; no public weights or data.
 
-Seed {seed}. Command: `make tiny`. All figures are in `facts.json`.
+Seed {seed}. Command: `make tiny`.{note} All figures are in `facts.json`.
 """
 
 
@@ -76,7 +76,8 @@ def build_world_card(facts: dict) -> str:
 
     Args:
         facts (`dict`): What each stage of `geode.trainers.world` returned, by stage, with `steps`, `seed`, `parameters`,
-            `train_scenes`, `cores`, `interval_coverage`, and as `blind` the best blind score of each task.
+            `train_scenes`, `cores`, `interval_coverage`, as `blind` the best blind score of each task, and as `note`, where
+            a run was not made in one piece, how it was made.
 
     Returns:
         `str`: The text of `README.md`.
@@ -93,6 +94,7 @@ def build_world_card(facts: dict) -> str:
         gate=gate_table(facts),
         minutes=seconds / 60.0,
         seed=facts["seed"],
+        note=f" {facts['note']}" if "note" in facts else "",
         parameters=facts["parameters"],
         cores=facts["cores"],
         train_scenes=facts["train_scenes"],

@@ -261,6 +261,13 @@ def test_a_patch_shows_the_nearest_surface_on_its_ray():
     torch.testing.assert_close(found[:3], expected[:3])
 
 
+def test_rows_and_columns_are_told_apart():
+    # Hand-derived: one row of three columns, whose rays go through -2/3, 0 and 2/3.
+    points = torch.tensor([[[3.0, 9, 7], [5, 9, 7], [7, 9, 7]]])
+    found = positions_seen(POSE[None, None], (1, 3), points, torch.ones(1, 3, dtype=torch.bool), radius=0.4)
+    torch.testing.assert_close(found[:, 0], points)
+
+
 def test_autocast_does_not_round_what_a_patch_shows():
     points = [[3.11, 10.07, 9.02], [7.03, 9.93, 8.98], [3.01, 10.05, 5.03], [6.93, 9.97, 5.01]]
     expected = seen(points)
