@@ -307,6 +307,14 @@ def test_point_queries_without_cameras_are_the_learned_token():
     assert torch.equal(embedded[1], module.context_encoder.no_camera_token.expand(3, PATCHES, -1))
 
 
+def test_a_ray_meets_points_within_a_little_more_than_half_a_voxel_of_the_coarsest_stage():
+    config = tiny_config(drm_config={})
+    config.point_config.grid_size, stages = 0.1, len(config.point_config.stride)
+    config.point_config.stride = [2] * stages
+    # Each stage doubles the voxels.
+    assert GeodeRationaleModule(config).seen_radius == pytest.approx(0.06 * 2**stages)
+
+
 def test_point_queries_need_camera_queries():
     with pytest.raises(StrictDataclassClassValidationError, match=r"`point_queries` needs `camera_queries`"):
         tiny_config(drm_config={"point_queries": True})
