@@ -8,7 +8,12 @@ import torch
 from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, set_seed
 
 from geode.modeling_geode.media_geode import pixel_shuffle
-from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration, GeodeModel
+from geode.modeling_geode.modeling_geode import (
+    GeodeCausalLMOutputWithPast,
+    GeodeForConditionalGeneration,
+    GeodeModel,
+    GeodeModelOutputWithPast,
+)
 from geode.modeling_geode.shared_prefix_geode import CACHE_NAME
 from tests.modeling_geode.common_geode import (
     BOX_TOKEN,
@@ -604,3 +609,13 @@ def test_geometry_frames_take_the_place_of_geometry(inputs):
     assert torch.equal(padded, expected)
     with pytest.raises(ValueError, match="this model has none"):
         make_model()(**rest, geometry_frames=frames)
+
+
+@pytest.mark.parametrize("kind", [GeodeModelOutputWithPast, GeodeCausalLMOutputWithPast])
+def test_outputs_are_trees_of_their_tensors(kind):
+    hidden = torch.ones(2)
+    output = kind(rationale_hidden_states=hidden)
+    assert list(output.keys()) == ["rationale_hidden_states"]
+    # Distributed training and export look into outputs so.
+    (leaf,) = torch.utils._pytree.tree_leaves(output)
+    assert leaf is hidden
