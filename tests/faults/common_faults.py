@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands that are killed at random moments, and started again."""
 
+import contextlib
 import json
 import os
 import random
@@ -112,7 +113,8 @@ class Zygote:
             assert time.monotonic() - start < MAX_SECONDS
         if code is None and (after is not None or when is not None):
             # The whole session if it is a kill, so that workers die with it; other signals go to the command alone.
-            (os.killpg if number == signal.SIGKILL else os.kill)(group, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself since, and its code follows
+                (os.killpg if number == signal.SIGKILL else os.kill)(group, number)
         code = self._answer() if code is None else code
         assert code is not None, f"{arguments} hangs: {self.log.read_text('utf-8')[-2000:]}"
         return Ended(int(code), time.monotonic() - start, self.log.read_text("utf-8", errors="replace"))

@@ -6,6 +6,7 @@ The moments are new in each run; `FAULTS_SEED` repeats those of a failure, whose
 """
 
 import shutil
+import signal
 
 import pytest
 
@@ -14,6 +15,14 @@ from tests.faults.common_faults import Kills
 
 # Of each command. The second number is for the slow run.
 NUM_KILLS = [2, pytest.param(10, marks=pytest.mark.slow)]
+
+
+def test_command_can_be_killed_before_it_has_begun(zygote, tmp_path):
+    """Such a kill once met a process without a session of its own, and the answers of all later commands were shifted."""
+    codes = [zygote.run(["--help"], tmp_path, after=0.0).code for _ in range(20)]
+    assert set(codes) <= {0, -signal.SIGKILL}
+    assert -signal.SIGKILL in codes
+    assert zygote.run(["--help"], tmp_path).code == 0
 
 
 # ---- precompute, rooms, export: the same bytes, and no file more ----

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from typing import TextIO
 
 
 # What changes a file, as Python's audit hooks name it; `os.replace` is a rename.
@@ -47,9 +48,11 @@ def watch(folder: str, die_at: int | None) -> list[int]:
     return count
 
 
-def run(order: dict) -> None:
+def run(order: dict, answers: TextIO) -> None:
     """Be the command, to its end."""
     os.setsid()
+    answers.write(f"{os.getpid()}\n")  # Not before: who reads it may kill the session.
+    answers.flush()
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -80,9 +83,7 @@ def serve() -> None:
             order = json.loads(line)
             child = os.fork()
             if child == 0:
-                run(order)
-            answers.write(f"{child}\n")
-            answers.flush()
+                run(order, answers)
             _, status = os.waitpid(child, 0)
             answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
             answers.flush()
