@@ -189,7 +189,7 @@ class GeodeDataCollator:
             self._check_pack(records)
             key = scene_key(records[0])
             medium = loaded[key] = loaded.get(key) or self._loader.load(self._shown(records[0]))
-            found = [self._row(record, medium, num_rationale_tokens) for record in records]
+            found = self._rows(records, medium, num_rationale_tokens)
             kept = [entry for entry in found if self._teaches(entry[0])]
             if not kept:
                 spare = spare or (*found[0], medium)
@@ -309,32 +309,38 @@ class GeodeDataCollator:
     def _turns(self, record: Record, medium: SceneMedia) -> list[dict]:
         return self._rationale_chat(record, medium) if self.target == "rationale" else self._chat(record, medium)
 
-    def _row(
-        self, record: Record, medium: SceneMedia, num_rationale_tokens: int | None
-    ) -> tuple[TokenRow, torch.Tensor | None]:
-        """The tokens of a record and of its question; without labels if it is dropped."""
+    def _rows(
+        self, records: list[Record], medium: SceneMedia, num_rationale_tokens: int | None
+    ) -> list[tuple[TokenRow, torch.Tensor | None]]:
+        """The tokens of each record of a pack and of its question; without labels if it is dropped."""
+        # One call, which tokenises the markup that the records share once.
         inputs = self.processor.apply_chat_template(
-            self._turns(record, medium),
+            [self._turns(record, medium) for record in records],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             use_geometry=self.use_geometry,
             num_rationale_tokens=num_rationale_tokens,
+            padding_side="right",
         )
-        ids = inputs["input_ids"][0]
+        ids = inputs["input_ids"]
         dim = max(entry["dim"] for entry in self.processor.control_tokens.values())
-        targets = inputs.get("regression_targets")
-        if targets is None or (record.label_suspect and not self.regress_suspect):
-            targets = torch.full((1, len(ids), dim), torch.nan)
-        types = inputs.get("mm_token_type_ids")
-        row = TokenRow(
-            input_ids=ids,
-            labels=ids.masked_fill(~inputs["assistant_masks"][0].bool(), IGNORED_LABEL),
-            mm_token_type_ids=torch.zeros_like(ids) if types is None else types[0],
-            regression_targets=targets[0],
-        )
-        question = inputs.get("question_input_ids")
-        return self._cut(row, record), None if question is None else question[0]
+        nothing = torch.full((*ids.shape, dim), torch.nan)
+        tensors = {
+            "input_ids": ids,
+            "labels": ids.masked_fill(~inputs["assistant_masks"].bool(), IGNORED_LABEL),
+            "mm_token_type_ids": inputs.get("mm_token_type_ids", torch.zeros_like(ids)),
+            "regression_targets": inputs.get("regression_targets", nothing),
+        }
+        questions = inputs.get("question_input_ids", [None] * len(records))
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        found = []
+        for index, (record, length) in enumerate(zip(records, lengths, strict=True)):
+            row = TokenRow(**{name: tensor[index, :length] for name, tensor in tensors.items()})
+            if record.label_suspect and not self.regress_suspect:
+                row = dataclasses.replace(row, regression_targets=nothing[index, :length])
+            found.append((self._cut(row, record), questions[index]))
+        return found
 
     def _chat(self, record: Record, medium: SceneMedia) -> list[dict]:
         box = record.box

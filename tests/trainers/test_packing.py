@@ -2,6 +2,7 @@
 """Packed questions are learned as they are alone, and packs hold each question once."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -164,6 +165,30 @@ def test_pack_of_one_is_a_single_question(collator):
     assert packed.keys() == single.keys()
     assert all(packed[name].equal(single[name]) for name in packed if name != "regression_targets")
     assert packed["attention_mask"].ndim == 2
+
+
+def test_pack_tokenises_its_scene_once(processor, collator, monkeypatch):
+    encoded, encode = [], type(processor)._encode
+    monkeypatch.setattr(type(processor), "_encode", lambda self, text: encoded.append(text) or encode(self, text))
+    records = make_records(count=3)
+    collator([records])
+    assert len(encoded) == len(set(encoded))
+    assert sum("Frame1" in text for text in encoded) == 1
+    collator(records)
+    assert sum("Frame1" in text for text in encoded) == 4  # single questions each hold it
+
+
+def test_suspect_value_of_a_pack_is_not_regressed_and_the_others_are(processor, collator):
+    first, second, _, third = make_records(count=4)  # box, number, choice, box
+    targets = [
+        collator([[first, dataclasses.replace(second, label_suspect=flag), third]])["regression_targets"]
+        for flag in (False, True)
+    ]
+    (ids,) = collator([[first, second, third]])["input_ids"]
+    controls = torch.isin(ids, torch.tensor([entry["token_id"] for entry in processor.control_tokens.values()]))
+    honest, suspect = (~found[0, controls].isnan().all(dim=-1) for found in targets)
+    assert honest.tolist() == [True, True, True]
+    assert suspect.tolist() == [True, False, True]
 
 
 def test_pack_is_refused_where_the_rationale_reads_the_question(root):
