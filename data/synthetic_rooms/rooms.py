@@ -179,6 +179,7 @@ class Room:
         """`float`: Floor area in square metres."""
         return self.size[0] * self.size[1]
 
+    @functools.cached_property
     def triangles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Material]]:
         """
         Collect every triangle of the room.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The solids that furniture is made of, as triangles with smooth normals, and their materials."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,7 @@ def _quads_to_triangles(quads: np.ndarray) -> np.ndarray:
     return np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
 
 
+@functools.cache
 def _box_mesh() -> tuple[np.ndarray, np.ndarray]:
     quads, normals = [], []
     for axis in range(3):
@@ -83,6 +85,7 @@ def _ring() -> np.ndarray:
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
+@functools.cache
 def _tube_mesh(taper: float) -> tuple[np.ndarray, np.ndarray]:
     low_radius, high_radius = (1.0, taper) if taper <= 1.0 else (1.0 / taper, 1.0)
     ring = _ring()
@@ -100,6 +103,7 @@ def _tube_mesh(taper: float) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(meshes), np.concatenate(normals)
 
 
+@functools.cache
 def _ball_mesh() -> tuple[np.ndarray, np.ndarray]:
     ring = _ring()
     polar = np.pi * np.arange(ROUND_SEGMENTS // 2 + 1) / (ROUND_SEGMENTS // 2)

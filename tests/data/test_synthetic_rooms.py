@@ -258,7 +258,7 @@ def test_make_room_refuses_an_unknown_type():
 
 def test_boxes_are_tight_around_the_triangles_of_their_objects():
     room = make_room(7)
-    corners, _, labels, _ = room.triangles()
+    corners, _, labels, _ = room.triangles
     for item in room.objects:
         local = points_in_box(corners[labels[:, 0] == item.instance_id].reshape(-1, 3), item.box)
         np.testing.assert_allclose(local.max(axis=0), item.box[3:6] / 2, atol=1e-9)
