@@ -23,7 +23,7 @@ from geode import __version__
 from geode.assembly_plan import NEW, Plan, Vocabulary, make_plan, make_tensor, num_bytes
 from geode.configuration.configuration_geode import GeodeConfig, default_control_tokens
 from geode.data.tokenizer import END_OF_TEXT_TOKEN, TOKEN_ATTRIBUTES, add_geode_tokens
-from geode.hub_cards.licences import copy_texts, find_terms, find_texts
+from geode.hub_cards.licences import find_terms, find_texts
 from geode.hub_cards.manifest import hash_file
 from geode.hub_cards.terms import OWN_LICENSE, combined_terms
 from geode.modeling_geode.chat_geode import IMAGE_TOKEN, RATIONALE_TOKEN, TURN_END_TOKEN
@@ -41,6 +41,7 @@ from geode.part_layouts import (
     vision_language_layout,
     vision_layout,
 )
+from geode.trainers.licence_texts import copy_texts
 from geode.trainers.training_config import check_overrides, overridden
 
 

@@ -14,12 +14,12 @@ from transformers.utils import logging
 from geode import tiny_checkpoint
 from geode.data.whole_files import is_free, whole_folder
 from geode.hub_cards.facts import FACTS, read_facts
-from geode.hub_cards.licences import copy_texts, recorded_texts
 from geode.modeling_geode.answers_geode import Answer, format_number
 from geode.modeling_geode.checked_files_geode import check_tensors_file, read_json
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.publishing import save_model
+from geode.trainers.licence_texts import copy_texts, recorded_texts
 from geode.vggt_export import export_vggt, find_origin
 
 

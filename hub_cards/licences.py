@@ -2,8 +2,6 @@
 """Licences of the parts of a checkpoint, as their publishers state them, and what follows for the whole."""
 
 import os
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,13 +19,11 @@ from geode.hub_cards.terms import (
     recorded_parts,
 )
 from geode.modeling_geode.vggt_conversion_geode import find_file, read_config, read_object
+from geode.trainers.licence_texts import TEXTS, recorded_texts
 
 
 CARD_NAME = "README.md"
-TEXTS = "licenses"
 TEXT_PATTERNS = ("LICENSE*", "NOTICE*")
-# Names are read from configurations of others, and must not lead elsewhere.
-_TEXT_NAME = re.compile(rf"{TEXTS}/\w[^/\\]*")
 _ANSWERS = {True: "yes", False: "no", None: "not known"}
 
 
@@ -80,44 +76,6 @@ def find_texts(name: str, folder: str | os.PathLike) -> dict[str, Path]:
     """
     found = [path for pattern in TEXT_PATTERNS for path in sorted(Path(folder).glob(pattern)) if path.is_file()]
     return {f"{TEXTS}/{name}-{path.name}": path for path in found if find_danger(path) is None}
-
-
-def copy_texts(texts: Mapping[str, Path], folder: Path) -> None:
-    """Copy licence files, given by their new names within a folder."""
-    for name, path in texts.items():
-        (folder / TEXTS).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
-
-
-def recorded_texts(checkpoint: str | os.PathLike, *, revision: str | None = None) -> dict[str, dict[str, Path | None]]:
-    """
-    Find the licence files that the `config.json` of a checkpoint names.
-
-    Args:
-        checkpoint (`str` or `os.PathLike`): A folder or a name on the Hub.
-        revision (`str`, *optional*): Branch, tag or commit of a name on the Hub.
-
-    Returns:
-        `dict[str, dict[str, Path | None]]`: By part, each file by its name in the checkpoint, None where it is not there. Parts of
-        which nothing is recorded are left out.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If what is recorded is no list of names within `licenses/`.
-    """
-    config = read_config(checkpoint, revision=revision) or {}
-    entries = [entry for entry in config.get("parts") or [] if isinstance(entry, dict) and "texts" in entry]
-    found = {}
-    for entry in entries:
-        names = entry["texts"]
-        if not isinstance(names, list) or not all(
-            isinstance(name, str) and _TEXT_NAME.fullmatch(name) for name in names
-        ):
-            raise ValueError(
-                f"`texts` in `parts` of config.json must be names such as '{TEXTS}/point_encoder-LICENSE', got {names!r}. Assemble it again."
-            )
-        found[entry.get("name")] = {name: find_file(checkpoint, name, revision=revision) for name in names}
-    return found
 
 
 def text_lines(parts: Sequence[Part], texts: Mapping[str, Mapping[str, Path | None]]) -> list[str]:
@@ -229,11 +187,9 @@ def _card_of(folder: Path) -> dict[str, str]:
 
 __all__ = [
     "TEXT_PATTERNS",
-    "copy_texts",
     "find_terms",
     "find_texts",
     "licence_report",
-    "recorded_texts",
     "text_lines",
     "verdict",
 ]

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.modeling_geode.processing_geode import GeodeProcessor
 from geode.trainers.checkpoints import checkpoint_to_resume, find_damage, write_checksums
 from geode.trainers.collator import GeodeDataCollator, exchanged_scenes, records_of
+from geode.trainers.licence_texts import read_texts, write_texts
 from geode.trainers.packing import IGNORED_LABEL
 from geode.trainers.training_card import build_training_card
 from geode.trainers.training_config import GeodeTrainingConfig
@@ -105,6 +107,7 @@ class GeodeTrainer(_BaseTrainer):
         if processing_class is None:
             processing_class = GeodeProcessor.from_pretrained(source)
         self.geode_model: GeodeForConditionalGeneration = _without_adapter(model)
+        self._licence_texts = read_texts(self.geode_model)
         adapt_processor(processing_class, args, self.geode_model.config)
         model = self.prepare_model(model, args)
         if train_dataset is None and eval_dataset is None:
@@ -364,6 +367,11 @@ class GeodeTrainer(_BaseTrainer):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and not isinstance(self.model, PeftModel):  # an adapter holds no part's weights
+            write_texts(self._licence_texts, Path(output_dir or self.args.output_dir or "."))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         # The state is written last, and says that the rest is there. What an earlier run left says nothing about this one.

@@ -190,17 +190,17 @@ def test_licence_files_of_parts_are_copied_under_their_parts_names(published, ca
     ]
 
 
-def test_licence_files_go_with_an_export_and_are_missed_in_what_was_trained(published, tmp_path, capsys):
+def test_licence_files_go_with_an_export_and_are_missed_where_there_is_the_config_alone(published, tmp_path, capsys):
     assert export(published, tmp_path / "hub", write_facts(tmp_path, "parts")) == 0
     assert texts_in(tmp_path / "hub") == TEXTS
     assert set(TEXTS) <= set(json.loads((tmp_path / "hub" / MANIFEST).read_text())["files"])
     assert f"text of point_encoder: {tmp_path / 'hub' / list(TEXTS)[2]}" in licences(tmp_path / "hub", capsys)
     assert check_files(tmp_path / "hub") == []
 
-    (tmp_path / "trained").mkdir()
-    (tmp_path / "trained" / "config.json").write_bytes((published / "config.json").read_bytes())
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_bytes((published / "config.json").read_bytes())
     line = f"text of point_encoder: {list(TEXTS)[2]} of the assembled checkpoint, and not here"
-    assert line in licences(tmp_path / "trained", capsys)
+    assert line in licences(tmp_path / "config", capsys)
 
 
 def test_assemble_says_where_licence_files_are(tmp_path, capsys):

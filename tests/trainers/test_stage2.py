@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -145,6 +147,49 @@ def test_model_given_as_a_folder_is_loaded_with_its_overrides(processor, root, t
     trainer.train()
     (step,) = steps(trainer)
     assert step["loss"] == pytest.approx(step["loss/ce"] + 0.25 * step["loss/drh"], rel=1e-5)
+
+
+# ---- licence texts of the parts that a model was assembled from ----
+
+
+@pytest.fixture
+def assembled(processor, tmp_path):
+    """A model that says what it was assembled from, with the text that came with one of two parts."""
+    model = make_model(processor)
+    part = {"source": "elsewhere", "revision": None, "license": "other"}
+    names = {"point_encoder": ["licenses/point_encoder-LICENSE"], "language_model": ["licenses/language_model-NOTICE"]}
+    model.config.parts = [{"name": name, **part, "texts": texts} for name, texts in names.items()]
+    model.save_pretrained(tmp_path / "assembled")
+    (tmp_path / "assembled" / "licenses").mkdir()
+    (tmp_path / "assembled" / "licenses" / "point_encoder-LICENSE").write_text("Not for commercial use.\n")
+    return GeodeForConditionalGeneration.from_pretrained(tmp_path / "assembled")
+
+
+def test_licence_texts_of_parts_go_with_what_is_trained(trainer_of, assembled, tmp_path, caplog):
+    trainer = trainer_of(model=assembled, save_strategy="steps", save_steps=1)
+    assert "lacks ['licenses/language_model-NOTICE'], and so will what is saved" in caplog.text
+    shutil.rmtree(tmp_path / "assembled")  # a run may take days
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        found = {path.name: path.read_text() for path in (folder / "licenses").iterdir()}
+        assert found == {"point_encoder-LICENSE": "Not for commercial use.\n"}
+    again = trainer_of(folder="again", model=GeodeForConditionalGeneration.from_pretrained(tmp_path / "out"))
+    again.save_model()
+    assert [path.name for path in (tmp_path / "again" / "licenses").iterdir()] == ["point_encoder-LICENSE"]
+
+
+def test_adapter_has_no_licence_texts_for_it_has_no_parts(trainer_of, assembled, tmp_path):
+    trainer_of(model=assembled, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM")).save_model()
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert not (tmp_path / "out" / "licenses").exists()
+
+
+def test_model_whose_folder_is_gone_trains_without_licence_texts(trainer_of, assembled, tmp_path, caplog):
+    shutil.rmtree(tmp_path / "assembled")
+    trainer_of(model=assembled).save_model()
+    assert "licence texts of the model's parts will be missing" in caplog.text
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 # ---- adapters ----
