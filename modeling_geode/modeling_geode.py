@@ -51,8 +51,11 @@ class _QuickOutput(ModelOutput):
     """A model output that looks a field up; the library's lists all of them for each, at every step of decoding."""
 
     def __post_init__(self):
-        # What it checks is the class, and what it sets is set: once for each class is enough.
-        if "_is_checked" not in type(self).__dict__:
+        # What it checks is the class, and what it sets is set: once for each class is enough. But accelerate makes an output anew,
+        # under mixed precision and in FSDP, from one argument that holds all fields.
+        first = next(iter(type(self).__dataclass_fields__))
+        is_one_field = isinstance(getattr(self, first), torch.Tensor | None)
+        if "_is_checked" not in type(self).__dict__ or not is_one_field:
             super().__post_init__()
             type(self)._is_checked = True
 

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_to_fp32
 from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, set_seed
 
 from geode.modeling_geode.media_geode import pixel_shuffle
@@ -609,6 +610,23 @@ def test_geometry_frames_take_the_place_of_geometry(inputs):
     assert torch.equal(padded, expected)
     with pytest.raises(ValueError, match="this model has none"):
         make_model()(**rest, geometry_frames=frames)
+
+
+@pytest.mark.parametrize("kind", [GeodeModelOutputWithPast, GeodeCausalLMOutputWithPast])
+@pytest.mark.parametrize("made", [dict, lambda fields: list(fields.items())])
+def test_outputs_are_made_from_one_argument_that_holds_all_fields(kind, made):
+    """As accelerate makes them anew in mixed precision, and FSDP's hooks do."""
+    first = next(iter(kind.__dataclass_fields__))
+    kind(**{first: torch.zeros(1)})  # what the class remembers must not matter
+    fields = {first: torch.ones(()), "rationale_hidden_states": torch.ones(2)}
+    output = kind(made(fields))
+    assert {name: output[name] is tensor for name, tensor in fields.items()} == dict.fromkeys(fields, True)
+    assert list(output.keys()) == list(fields)
+    assert getattr(output, first) is fields[first]
+    half = kind(**{name: tensor.bfloat16() for name, tensor in fields.items()})
+    whole = convert_to_fp32(half)
+    assert type(whole) is kind
+    assert {name: tensor.dtype for name, tensor in whole.items()} == dict.fromkeys(fields, torch.float32)
 
 
 @pytest.mark.parametrize("kind", [GeodeModelOutputWithPast, GeodeCausalLMOutputWithPast])

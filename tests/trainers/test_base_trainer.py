@@ -6,15 +6,30 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from geode.trainers.alignment_config import GeodeAlignmentConfig
+from geode.trainers.alignment_trainer import GeodeAlignmentTrainer
 from geode.trainers.base_trainer import EXAMPLES_FILE
 from geode.trainers.collator import GeodeDataCollator, exchanged_scenes
 from geode.trainers.packing import ScenePacks, scene_key
+from geode.trainers.stage1_config import GeodeStage1Config
+from geode.trainers.stage1_trainer import GeodeStage1Trainer
 from geode.trainers.stage2_config import GeodeStage2Config
 from geode.trainers.stage2_trainer import GeodeStage2Trainer
 from geode.trainers.training_metrics import MRA_TOLERANCES
 from tests.trainers.common_collator import GEOMETRY, make_media, make_model, make_processor, make_records, text_record
 from tests.trainers.common_training import settings, steps
+
+
+STAGES = {
+    "alignment": (GeodeAlignmentTrainer, GeodeAlignmentConfig),
+    "stage1": (GeodeStage1Trainer, GeodeStage1Config),
+    "stage2": (GeodeStage2Trainer, GeodeStage2Config),
+    "adapter": (GeodeStage2Trainer, GeodeStage2Config),
+}
+# peft still reads the old name of the library's `is_activation_checkpointing`.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +123,37 @@ def test_step_without_values_has_no_regression_loss(trainer_of):
     (step,) = steps(trainer)
     assert "loss/drh" not in step
     assert step["loss"] == pytest.approx(step["loss/ce"])
+
+
+# ---- mixed precision ----
+
+
+@pytest.mark.parametrize("stage", ["alignment", "stage1", "stage2", "adapter"])
+def test_run_in_bf16_is_near_one_in_float32(processor, root, tmp_path, stage):
+    """As every recipe for accelerators asks for: autocast, activation checkpoints, an evaluation that generates."""
+    trainer_class, config_class = STAGES[stage]
+    options = {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")} if stage == "adapter" else {}
+    records = make_records(count=6)
+    if stage == "stage1":
+        records = [text_record(uid=f"text:{number}", rationale=f"Because of {number}.") for number in range(4)]
+    runs = []
+    for is_half in (False, True):
+        changes = {"bf16": is_half, "activation_checkpointing": True, "max_steps": 2, "num_eval_examples": 1}
+        trainer = trainer_class(
+            make_model(processor),
+            config_class(**settings(tmp_path / str(is_half), root, **changes)),
+            train_dataset=records,
+            eval_dataset=records,
+            processing_class=processor,
+            **options,
+        )
+        trainer.train()
+        losses = [step["loss"] for step in steps(trainer)]
+        runs.append([*losses, trainer.evaluate()["eval_loss"]])
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    whole, half = runs
+    assert half != whole
+    assert half == pytest.approx(whole, rel=2e-2)
 
 
 # ---- what is logged ----
