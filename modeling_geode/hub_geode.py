@@ -4,6 +4,7 @@
 import os
 from typing import Any
 
+import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
@@ -62,6 +63,16 @@ class GeodeHubModel(CodeOnHubMixin, PreTrainedModel):
     optional_prefixes: tuple[str, ...] = ()
     incomplete_remedy = "Load a complete checkpoint."
     published_remedy: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """`torch.device`: Where it computes, also while accelerate keeps its weights elsewhere until they are needed."""
+        device = super().device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        found = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in found if device is not None), device))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -264,6 +265,7 @@ class GeodeRationaleModule(nn.Module):
         features = fourier_features(times[..., None], self.config.num_position_frequencies, longest=2.0)
         return self.time_projection(features.to(self.time_projection.weight.dtype))
 
+    @force_accelerate_hooks(["context_encoder"])  # its token is read: offloaded, it would stay away
     def embed_frame_cameras(
         self,
         frame_mask: torch.Tensor,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .batching_geode import check_count
@@ -306,13 +307,19 @@ def digest_of_parts(owner: nn.Module, names: tuple[str, ...], settings: tuple[st
     parts = {name: getattr(owner, name) for name in names if getattr(owner, name) is not None}
     for part in parts.values():
         check_weights_are_readable(part, "A digest")
-    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    tensors = plain_tensors(tensors)
-    state = tuple((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors.values())
+    tensors = {(name, key): value for name, part in parts.items() for key, value in part.state_dict().items()}
+    plain = plain_tensors({".".join(path): tensor for path, tensor in tensors.items()})
+    state = tuple((tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in plain.values())
     known = vars(owner).setdefault("_digests", {})
     if known.get(names, (None, None))[0] != state:
         config = owner.config.to_dict()
-        known[names] = state, digest_of(tensors, {name: config[name] for name in settings})
+        # What accelerate has offloaded is read from where it is. Its place does not change, so that its values must not either.
+        read = {
+            ".".join(path): load_offloaded_parameter(parts[path[0]], path[1])
+            for path, t in tensors.items()
+            if t.is_meta
+        }
+        known[names] = state, digest_of({**plain, **read}, {name: config[name] for name in settings})
     return known[names][1]
 
 

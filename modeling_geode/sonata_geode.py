@@ -26,6 +26,7 @@ from huggingface_hub import load_state_dict_from_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
@@ -378,6 +379,7 @@ class SonataEmbedding(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.mask_token = nn.Parameter(torch.zeros(1, channels)) if config.mask_token else None
 
+    @force_accelerate_hooks(["linear"])  # read, not called: offloaded weights would stay away
     def forward(self, feat: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Embed `(num_points, in_channels)` features; rows where `mask` is `True` become the mask token."""
         weight, bias = self.linear.weight, self.linear.bias

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.utils.operations import convert_to_fp32
 from transformers import AutoConfig, InternVLConfig, InternVLForConditionalGeneration, set_seed
 
@@ -560,6 +561,24 @@ def test_device_map_splits_the_model_without_changing_it(model, inputs, tmp_path
     loaded = GeodeForConditionalGeneration.from_pretrained(tmp_path, device_map=parts)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     assert not any(parameter.requires_grad for parameter in loaded.model.vision_tower.parameters())
+
+
+@torch.no_grad()
+def test_offloaded_model_answers_as_the_whole_one(model, inputs):
+    """accelerate keeps all weights away but for the layer that computes."""
+    expected, digest = model(**inputs), model.model.encoder_digest()
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    tokens = model.generate(**inputs, **settings)
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    assert offloaded.device == torch.device("cpu")
+    found = offloaded(**inputs)
+    assert torch.equal(found.logits, expected.logits)
+    assert found.keys() == expected.keys()
+    assert torch.equal(offloaded.generate(**inputs, **settings), tokens)
+    # A copy would remember what was read before.
+    vars(offloaded.model).pop("_digests", None)
+    assert offloaded.model.encoder_digest() == digest
 
 
 def test_placeholder_ids_are_those_of_the_fixture(model):

@@ -7,6 +7,7 @@ in `config.json`; `keys_vggt_1b.json` lists the tensors of the public 1B model.
 """
 
 import cmath
+import copy
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -244,6 +246,15 @@ def test_position_map_matches_its_formula(shape):
 
 
 # ------------------------------------------------------------------------------- precision, speed, training
+
+
+@torch.no_grad()
+def test_offloaded_model_computes_as_the_whole_one(model, pixel_values, full_output):
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    found = offloaded(pixel_values, output_tapped_layers=True)
+    assert torch.equal(found.depth, full_output.depth)
+    assert torch.equal(found.world_points, full_output.world_points)
 
 
 def test_bfloat16_checkpoint_computes_as_autocast_does(model, pixel_values, full_output, tmp_path):

@@ -125,6 +125,21 @@ def test_step_without_values_has_no_regression_loss(trainer_of):
     assert step["loss"] == pytest.approx(step["loss/ce"])
 
 
+# ---- a run that had ended ----
+
+
+def test_resuming_a_run_that_had_ended_makes_no_step(trainer_of, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1.0e-2}
+    first = trainer_of(uneven_records(16), **options)
+    first.train()
+    again = trainer_of(uneven_records(16), **options)
+    result = again.train(resume_from_checkpoint=True)
+    assert (result.global_step, again.state.global_step) == (3, 3)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- mixed precision ----
 
 
