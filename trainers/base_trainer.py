@@ -190,9 +190,8 @@ class GeodeTrainer(_BaseTrainer):
     # ---- the step ----
 
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # a run that had ended is resumed: the library makes one step more
+        # A run that had ended is resumed: the library makes one step more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
         # Resuming within an epoch wraps the loader so that dataset and sampler are not told the epoch: other packs would follow.

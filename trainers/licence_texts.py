@@ -69,11 +69,13 @@ def read_texts(model) -> dict[str, bytes]:
     Raises:
         ValueError: See [`recorded_texts`].
     """
-    if not any("texts" in entry for entry in model.config.parts or []):
-        return {}
     source = model.config._name_or_path
+    if not source or not any("texts" in entry for entry in model.config.parts or [] if isinstance(entry, dict)):
+        return {}
+    revision = None if Path(source).is_dir() else getattr(model.config, "_commit_hash", None)
     try:
-        found = {name: path for texts in recorded_texts(source).values() for name, path in texts.items()}
+        recorded = recorded_texts(source, revision=revision)
+        found = {name: path for texts in recorded.values() for name, path in texts.items()}
     except FileNotFoundError as error:
         logger.warning("The licence texts of the model's parts will be missing in what is saved: %s", error)
         return {}
