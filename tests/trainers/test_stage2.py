@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from geode.modeling_geode.modeling_geode import GeodeForConditionalGeneration
 from geode.trainers.drm_files import drm_origin, save_drm
+from geode.trainers.licence_texts import read_texts
 from geode.trainers.stage2_config import GeodeStage2Config
 from geode.trainers.stage2_trainer import GeodeStage2Trainer, load_adapter
+from tests.modeling_geode.common_hub import COMMIT, put_in_hub_cache
 from tests.trainers.common_collator import make_media, make_model, make_processor, make_records
 from tests.trainers.common_training import changed, settings, snapshot, steps
 
@@ -177,6 +179,17 @@ def test_licence_texts_of_parts_go_with_what_is_trained(trainer_of, assembled, t
     again = trainer_of(folder="again", model=GeodeForConditionalGeneration.from_pretrained(tmp_path / "out"))
     again.save_model()
     assert [path.name for path in (tmp_path / "again" / "licenses").iterdir()] == ["point_encoder-LICENSE"]
+
+
+def test_licence_texts_are_those_of_the_commit_that_was_loaded(assembled, tmp_path, monkeypatch):
+    put_in_hub_cache(tmp_path / "assembled", "org/assembled", tmp_path / "hf")
+    (tmp_path / "hf" / "hub" / "models--org--assembled" / "refs" / "main").write_text(
+        "0" * 40
+    )  # it has moved on since
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assembled.config._name_or_path, assembled.config._commit_hash = "org/assembled", COMMIT
+    assert read_texts(assembled) == {"licenses/point_encoder-LICENSE": b"Not for commercial use.\n"}
 
 
 def test_adapter_has_no_licence_texts_for_it_has_no_parts(trainer_of, assembled, tmp_path):
